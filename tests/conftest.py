@@ -1,0 +1,129 @@
+"""Fixtures: the program as a subprocess, and real Orthanc servers that live for the session."""
+import contextlib
+import os
+import pathlib
+import sqlite3
+import subprocess
+import sys
+import threading
+from typing import NamedTuple
+
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent
+PROGRAM = HERE.parent / "store_study_info.py"
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import orthanc  # noqa: E402
+from endpoint import Proxy  # noqa: E402
+
+COMMANDS = orthanc.commands()
+NO_ORTHANC = "no Orthanc was found: install one, or name one in ORTHANC_COMMANDS"
+
+
+def pytest_report_header(config):
+    return "orthanc: " + ("; ".join(COMMANDS) if COMMANDS else NO_ORTHANC)
+
+
+@pytest.fixture(scope="session", params=COMMANDS or [None], ids=lambda command: (command or "none").replace("/", "_").replace(" ", "_"))
+def command(request):
+    """Each way to start Orthanc that there is."""
+    if request.param is None:
+        (pytest.fail if os.environ.get("REQUIRE_ORTHANC") == "1" else pytest.skip)(NO_ORTHANC)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def servers(command):
+    """servers(**configuration): a running server with that configuration, the same one each time it is asked for."""
+    with contextlib.ExitStack() as stack:
+        running = {}
+
+        def get(**options):
+            key = repr(sorted(options.items()))
+            if key not in running:
+                running[key] = stack.enter_context(orthanc.Orthanc(command, **options))
+            return running[key]
+        yield get
+
+
+@pytest.fixture(scope="session")
+def server(servers):
+    """A server where all is stable a second after it came."""
+    return servers()
+
+
+@pytest.fixture
+def fresh(command):
+    """fresh(**configuration): a server of this test's own, empty."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(orthanc.Orthanc(command, **options))
+
+
+@pytest.fixture
+def proxy(server):
+    """A counting proxy before the session's server."""
+    with Proxy(server.url) as running:
+        yield running
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def printed(self) -> list[str]:
+        return self.out.splitlines()
+
+    @property
+    def summary(self) -> str:
+        return self.err.splitlines()[-1] if self.err else ""
+
+
+class Home:
+    """An empty folder to run the program in, with nothing of the caller's environment that it reads."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.db = folder, folder / "study_info.db"
+
+    def environment(self, extra=None) -> dict:
+        ours = ("STUDY_INFO_DB", "ORTHANC_URL", "NETRC", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_COLOR")
+        return {name: value for name, value in os.environ.items() if name.upper() not in ours} | {"HOME": str(self.folder), "COLUMNS": "80"} | (extra or {})
+
+    def command(self, *arguments, url=None) -> list[str]:
+        return [sys.executable, str(PROGRAM), *(["--url", url] if url else []), *map(str, arguments)]
+
+    def run(self, *arguments, url=None, env=None, **options) -> Ran:
+        """Run the program to its end. No traceback is ever right."""
+        ended = subprocess.run(self.command(*arguments, url=url), cwd=self.folder, env=self.environment(env),
+                               **{"capture_output": True, "text": True, "timeout": 120, "stdin": subprocess.DEVNULL, **options})
+        assert "Traceback" not in (ended.stderr or ""), ended.stderr
+        return Ran(ended.returncode, ended.stdout or "", ended.stderr or "")
+
+    def start(self, *arguments, url=None, env=None, **options) -> subprocess.Popen:
+        return subprocess.Popen(self.command(*arguments, url=url), cwd=self.folder, env=self.environment(env),
+                                **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL, **options})
+
+    def rows(self, query: str, *values) -> list[dict]:
+        with contextlib.closing(sqlite3.connect(self.db)) as conn:
+            conn.row_factory = sqlite3.Row
+            return [dict(row) for row in conn.execute(query, values)]
+
+    def series(self, accession: str | None = None) -> list[dict]:
+        return self.rows("SELECT * FROM series WHERE accession = ifnull(?, accession) ORDER BY accession, series_number, series_uid", accession)
+
+    def studies(self) -> list[dict]:
+        return self.rows("SELECT * FROM studies ORDER BY accession")
+
+
+@pytest.fixture
+def home(tmp_path) -> Home:
+    return Home(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left():
+    """A test that leaves a busy thread behind would disturb the next."""
+    yield
+    assert threading.active_count() < 200
