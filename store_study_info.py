@@ -48,6 +48,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 from collections import Counter, deque
 from decimal import Decimal
@@ -187,7 +188,7 @@ def age(text: str | None) -> int | None:
 
 
 _DURATION = re.compile(
-    r"(?:TA\s*:?\s*)?"
+    r"(?:TA:?\s*)?"
     r"(?:(?:(?P<hours>\d{1,4}):(?=\d\d:))?(?P<minutes>\d{1,4}):(?=\d\d(?!\d)))?"
     r"(?P<seconds>\d{1,7}(?:[.,]\d{1,6})?)"
     r"(?:\s*\*\s*(?P<times>\d{1,4}))?",
@@ -313,7 +314,7 @@ def parse_token(token: str, today: datetime.date) -> Accession | Dates:
     if dash:
         last = span_of(end, token)[1] if end else today
     if first > last:
-        raise UsageError(f"range {quoted(token)} ends before it starts" + ("" if end else f": today is {today:%Y%m%d}"))
+        raise UsageError(f"range {quoted(token)} ends before it starts" + ("" if end else f": today is {today:%Y%m%d}") + f"; allowed are {TOKEN_HELP}")
     return Dates(token, first, last)
 
 
@@ -323,7 +324,7 @@ def span_of(digits: str, token: str) -> tuple[datetime.date, datetime.date]:
     try:
         first = datetime.date(year, month, int(day or 1))
     except ValueError:
-        raise UsageError(f"token {quoted(token)}: {digits} is no {'day' if day else 'month'} of the calendar") from None
+        raise UsageError(f"token {quoted(token)}: {digits} is no {'day' if day else 'month'} of the calendar; allowed are {TOKEN_HELP}") from None
     return first, first if day else first.replace(day=calendar.monthrange(year, month)[1])
 
 
@@ -350,11 +351,13 @@ def token_lines(name: str, stdin=None) -> Iterator[tuple[str, str]]:
         else:
             with open(name, "rb") as file:
                 data = file.read()
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = re.split(r"\r\n|\n|\r", data.decode("utf-8-sig"))     # splitlines() would cut at control characters too
     except (OSError, ValueError, AttributeError) as error:    # AttributeError: there is no standard input
         raise UsageError(f"token file @{printable(name)} cannot be read: {reason_of(error)}") from None
     for count, line in enumerate(lines, 1):
-        line = line.partition("#")[0].strip()
+        line = line.partition("#")[0].strip(" \t")
+        if line.startswith("@"):
+            raise UsageError(f"@{printable(name)}, line {count}: {quoted(line)} is not allowed here: a token file names no other token file")
         if line:
             yield f"@{printable(name)}, line {count}", line
 
@@ -529,7 +532,7 @@ def stated_duration(header: Header) -> Decimal | None:
 def protocol_duration(protocol: bytes) -> Decimal | None:
     """The total scan time in seconds from the text of a Siemens protocol: `lTotalScanTimeSec = 450`."""
     match = re.search(rb"lTotalScanTimeSec\s*=\s*(\d{1,9})(?!\d)", protocol)
-    return Decimal(match[1].decode()) if match else None
+    return Decimal(match[1].decode()) if match and int(match[1]) else None
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1208,7 +1211,8 @@ def database_errors(path: str) -> Iterator[None]:
         for word, advice in (("readonly", "it or its folder may not be written: check the permissions"),
                              ("locked", f"another program has held it for {BUSY_SECONDS:.0f} s: run again later"),
                              ("full", "make room, then run again"), ("unable to open", "check the path and the permissions"),
-                             ("malformed", "restore it from a copy, or move it away and acquire the studies again")):
+                             ("malformed", "restore it from a copy, or move it away and acquire the studies again"),
+                             ("not a database", "it is damaged: restore it from a copy, or move it away and acquire the studies again")):
             if word in text:
                 hint = f"; {advice}"
         raise RunError(f"database {printable(path)}: {text}{hint}") from None
@@ -1217,8 +1221,11 @@ def database_errors(path: str) -> Iterator[None]:
 def check_database_file(path: str) -> bool:
     """Whether the database exists. Raises RunError where it is something else, or could not be created."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(16)
+        if stat.S_ISREG(os.stat(path).st_mode):
+            with open(path, "rb") as file:
+                start = file.read(16)
+        else:
+            start = b"no file"      # a folder, a pipe: opening it could wait for ever
     except FileNotFoundError:
         folder = os.path.dirname(path)
         if not os.path.isdir(folder):
@@ -1237,19 +1244,21 @@ def open_database(path: str) -> Database:
     """The database at an absolute path, created with its tables where absent, readable by its owner alone."""
     if not check_database_file(path):
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            os.close(os.open(os.path.realpath(path), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             pass    # another run was faster
         except OSError as error:
             raise RunError(f"database {printable(path)} cannot be created: {reason_of(error)}") from None
-    with database_errors(path):
+    with database_errors(path), contextlib.ExitStack() as undo:
         conn = sqlite3.connect(path, timeout=0.2, isolation_level=None, factory=Database)
+        undo.callback(conn.close)
         conn.path = path
         tables = {table: read_columns(conn, table) for table in TABLES}
         check_columns(path, tables)
-        if not all(tables.values()):
+        if not all(tables.values()) or not has_index(conn):
             with transaction(conn):
                 create_tables(conn)
+        undo.pop_all()
     return conn
 
 
@@ -1259,14 +1268,22 @@ def read_columns(conn: sqlite3.Connection, table: str) -> dict[str, int]:
 
 
 def check_columns(path: str, tables: dict[str, dict[str, int]]) -> None:
+    faults = []
     for table, columns in tables.items():
         missing = [field.column for field in TABLES[table] if field.column not in columns]
-        advice = "move the file away to have the tables built anew, or name another with --db"
-        if columns and missing:
-            raise RunError(f"database {printable(path)}: the table {table} lacks {', '.join(missing)}; {advice}")
         key = TABLES[table][0].column
-        if columns and columns[key] != 1:
-            raise RunError(f"database {printable(path)}: {key} is not the primary key of the table {table}; {advice}")
+        if columns and missing:
+            faults.append(f"the table {table} lacks {', '.join(missing)}")
+        elif columns and [name for name, place in columns.items() if place] != [key]:
+            faults.append(f"{key} is not the primary key of the table {table}")
+    if faults:
+        raise RunError(f"database {printable(path)}: {' and '.join(faults)}; move the file away to have the tables built anew, or name another with --db")
+
+
+def has_index(conn: sqlite3.Connection) -> bool:
+    """Whether the series of an accession are found by an index, of whatever name."""
+    return patiently(conn, "SELECT 1 FROM pragma_index_list('series') AS list, pragma_index_info(list.name) AS info "
+                           "WHERE info.seqno = 0 AND lower(info.name) = 'accession'").fetchone() is not None
 
 
 def create_tables(conn: sqlite3.Connection) -> None:
@@ -1275,12 +1292,12 @@ def create_tables(conn: sqlite3.Connection) -> None:
     conn.execute("CREATE INDEX IF NOT EXISTS series_accession ON series(accession)")
 
 
-def patiently(conn: sqlite3.Connection, statement: str) -> sqlite3.Cursor:
+def patiently(conn: sqlite3.Connection, statement: str, values: tuple = ()) -> sqlite3.Cursor:
     """Execute a statement, waiting for other writers; in short waits, so that an interrupt is heard."""
     end = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            return conn.execute(statement)
+            return conn.execute(statement, values)
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > end:
                 raise
@@ -1304,7 +1321,7 @@ def stored_date(conn: Database | None, accession: str) -> tuple[bool, str | None
     if conn is None:
         return False, None
     with database_errors(conn.path):
-        row = conn.execute("SELECT study_date FROM studies WHERE accession = ?", (accession,)).fetchone()
+        row = patiently(conn, "SELECT study_date FROM studies WHERE accession = ?", (accession,)).fetchone()
     return row is not None, row[0] if row else None
 
 
@@ -1348,7 +1365,7 @@ def csv_rows(conn: Database, accessions: Iterable[str]) -> Iterator[tuple]:
     yield (*CSV_STUDY, *CSV_SERIES)
     columns = ", ".join([f"studies.{column}" for column in CSV_STUDY] + [f"series.{column}" for column in CSV_SERIES])
     for accession in accessions:
-        yield from conn.execute(f"SELECT {columns} FROM studies LEFT JOIN series ON series.accession = studies.accession "
+        yield from patiently(conn, f"SELECT {columns} FROM studies LEFT JOIN series ON series.accession = studies.accession "
                                 "WHERE studies.accession = ? ORDER BY series_number IS NULL, series_number, series_uid", (accession,))
 
 
@@ -1360,7 +1377,9 @@ def write_csv(path: str, conn: Database, accessions: Iterable[str]) -> None:
         with database_errors(conn.path), tempfile.NamedTemporaryFile(
                 "w", encoding="utf-8", newline="", dir=os.path.dirname(target), prefix=".", suffix=".csv", delete=False) as file:
             temporary = file.name
-            csv.writer(file, lineterminator="\n").writerows(csv_rows(conn, accessions))
+            # Before Python 3.13 a lone CR is quoted only where the line terminator has one.
+            lines = types.SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
+            csv.writer(lines, lineterminator="\r\n").writerows(csv_rows(conn, accessions))
         os.replace(temporary, target)
         temporary = None
     except OSError as error:
@@ -1408,7 +1427,7 @@ class Tally:
         text += f", {self.without_images} without MR series" if self.without_images else ""
         text += f"; series: {self.series} stored, {self.skipped.total()} skipped" + (f" ({reasons})" if reasons else "")
         text += f", {self.short} stored with a time below one second" if self.short else ""
-        return text + (f"; {self.doubtful} dates may be incomplete" if self.doubtful else "")
+        return text + (f"; dates that may be incomplete: {self.doubtful}" if self.doubtful else "")
 
 
 class Run(NamedTuple):

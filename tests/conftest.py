@@ -16,6 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import orthanc  # noqa: E402
 from endpoint import Proxy  # noqa: E402
+from warm import Warm  # noqa: E402
 
 COMMANDS = orthanc.commands()
 NO_ORTHANC = "no Orthanc was found: install one, or name one in ORTHANC_COMMANDS"
@@ -84,8 +85,8 @@ class Ran(NamedTuple):
 class Home:
     """An empty folder to run the program in, with nothing of the caller's environment that it reads."""
 
-    def __init__(self, folder: pathlib.Path):
-        self.folder, self.db = folder, folder / "study_info.db"
+    def __init__(self, folder: pathlib.Path, warm: Warm):
+        self.folder, self.db, self.warm = folder, folder / "study_info.db", warm
 
     def environment(self, extra=None) -> dict:
         ours = ("STUDY_INFO_DB", "ORTHANC_URL", "NETRC", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_COLOR")
@@ -95,7 +96,11 @@ class Home:
         return [sys.executable, str(PROGRAM), *(["--url", url] if url else []), *map(str, arguments)]
 
     def run(self, *arguments, url=None, env=None, **options) -> Ran:
-        """Run the program to its end. No traceback is ever right."""
+        """Run the program to its end: started from scratch where options or Python's own environment are given. No traceback is ever right."""
+        if not options and not any(name.startswith(("PYTHON", "LC_", "LANG")) for name in env or {}):
+            ran = Ran(*self.warm.run(self.command(*arguments, url=url)[2:], self.folder, self.environment(env)))
+            assert "Traceback" not in ran.err, ran.err
+            return ran
         ended = subprocess.run(self.command(*arguments, url=url), cwd=self.folder, env=self.environment(env),
                                **{"capture_output": True, "text": True, "timeout": 120, "stdin": subprocess.DEVNULL, **options})
         assert "Traceback" not in (ended.stderr or ""), ended.stderr
@@ -117,9 +122,15 @@ class Home:
         return self.rows("SELECT * FROM studies ORDER BY accession")
 
 
+@pytest.fixture(scope="session")
+def warm():
+    with Warm() as running:
+        yield running
+
+
 @pytest.fixture
-def home(tmp_path) -> Home:
-    return Home(tmp_path)
+def home(tmp_path, warm) -> Home:
+    return Home(tmp_path, warm)
 
 
 @pytest.fixture(autouse=True)

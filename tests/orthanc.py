@@ -57,7 +57,7 @@ class Orthanc:
         inside = "/" + str(self.folder.relative_to(self.root))
         port = free_port()
         configuration = {"StorageDirectory": inside, "IndexDirectory": inside, "HttpPort": port, "DicomServerEnabled": False,
-                         "RemoteAccessAllowed": False, "AuthenticationEnabled": False, "StableAge": 1, "Plugins": [], **self.options}
+                         "RemoteAccessAllowed": False, "AuthenticationEnabled": False, "StableAge": 1, "Plugins": [], "SyncStorageArea": False, **self.options}
         (self.folder / "orthanc.json").write_text(json.dumps(configuration))
         with open(self.folder / "log", "wb") as log:
             self.process = subprocess.Popen([*self.words, inside + "/orthanc.json"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -76,12 +76,8 @@ class Orthanc:
 
     def __exit__(self, *_):
         self.client.close()
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()    # nothing of it is kept, and an orderly end takes it two seconds
+        self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property

@@ -256,7 +256,7 @@ def foreign_table(path):
 @pytest.mark.parametrize("make, told", [
     (lambda path: path.write_text("accession,sar\nE1,0.5\n"), "is no SQLite file and is left as it is"),
     (lambda path: path.write_bytes(b"x"), "is no SQLite file and is left as it is"),
-    (lambda path: path.mkdir(), "cannot be read: Is a directory"),
+    (lambda path: path.mkdir(), "is no SQLite file and is left as it is"),
     (foreign_table, "the table studies lacks patient_id, height, weight, sex, ethnic_group, body_part, manufacturer_model, study_date, study_description; move the file away")])
 def test_a_database_that_is_none_is_one_sentence_exit_1_and_left_as_it_was(home, make, told):
     make(home.db)

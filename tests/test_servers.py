@@ -35,7 +35,7 @@ def test_nothing_is_lost_to_a_limit_on_results_or_the_days_are_named(servers, ho
         assert ran.status == 1
         assert "ERROR 20240410: may be incomplete" in ran.err and ran.err.count("may be incomplete,") == 1
         assert {"EM0", "EM1"} <= set(ran.printed) and len(ran.printed) == 6 + 2
-        assert "1 dates may be incomplete" in ran.summary
+        assert "dates that may be incomplete: 1" in ran.summary
         assert home.run("ELONG", *(f"EL{number:02}" for number in range(9)), url=server.url).status == 0
         assert len(home.series("ELONG")) == 12 and len(home.studies()) == 12
 

@@ -1,0 +1,391 @@
+"""Tokens: what the user names on the command line or in a token file, and what is refused."""
+import datetime
+import io
+import re
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import store_study_info as store
+
+TODAY = datetime.date(2024, 4, 27)
+
+# Files of examples would be left in the folder that the tests are started from.
+property_test = settings(deadline=None, database=None, max_examples=300)
+
+
+def date(text: str) -> datetime.date:
+    return datetime.date(int(text[:4]), int(text[4:6]), int(text[6:]))
+
+
+def span(meaning) -> tuple[str, str]:
+    return f"{meaning.first:%Y%m%d}", f"{meaning.last:%Y%m%d}"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One token
+# ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("token", [
+    "E1", "E12345", "Eabc", "EE", "E-1", "E.1", "E_1", "E/1", "E 1", "E1 2 3", "E123-45/6.7_8", "E20240427", "E2024-04", "Etoday", "E" + "9" * 15,
+])
+def test_an_accession_is_taken_as_it_is(token):
+    assert store.parse_token(token, TODAY) == store.Accession(token)
+
+
+@pytest.mark.parametrize("token, first, last", [
+    ("20240427", "20240427", "20240427"),
+    ("19991231", "19991231", "19991231"),
+    ("20240229", "20240229", "20240229"),
+    ("20000229", "20000229", "20000229"),
+    ("20301231", "20301231", "20301231"),           # a day to come is no error: it has no studies yet
+    ("202404", "20240401", "20240430"),
+    ("202401", "20240101", "20240131"),
+    ("202412", "20241201", "20241231"),
+    ("202402", "20240201", "20240229"),
+    ("202302", "20230201", "20230228"),
+    ("190002", "19000201", "19000228"),             # no leap year
+    ("200002", "20000201", "20000229"),             # one
+])
+def test_days_and_months(token, first, last):
+    assert span(store.parse_token(token, TODAY)) == (first, last)
+
+
+@pytest.mark.parametrize("token, first, last", [
+    ("20240401-20240415", "20240401", "20240415"),
+    ("20240415-20240415", "20240415", "20240415"),
+    ("20231230-20240102", "20231230", "20240102"),
+    ("20240228-20240301", "20240228", "20240301"),
+    ("202401-202403", "20240101", "20240331"),
+    ("202404-202404", "20240401", "20240430"),
+    ("202312-202402", "20231201", "20240229"),
+])
+def test_both_ends_of_a_range_are_included(token, first, last):
+    assert span(store.parse_token(token, TODAY)) == (first, last)
+
+
+@pytest.mark.parametrize("token, today, first, last", [
+    ("20240401-", "20240427", "20240401", "20240427"),
+    ("20240427-", "20240427", "20240427", "20240427"),
+    ("202404-", "20240427", "20240401", "20240427"),
+    ("202401-", "20240427", "20240101", "20240427"),
+    ("202404-", "20240401", "20240401", "20240401"),
+    ("20231231-", "20240101", "20231231", "20240101"),
+    ("202402-", "20240229", "20240201", "20240229"),
+])
+def test_an_open_range_goes_until_today(token, today, first, last):
+    assert span(store.parse_token(token, date(today))) == (first, last)
+
+
+@pytest.mark.parametrize("token, today, meant", [
+    ("today", "20240427", "20240427"),
+    ("yesterday", "20240427", "20240426"),
+    ("yesterday", "20240501", "20240430"),
+    ("yesterday", "20240101", "20231231"),
+    ("yesterday", "20240301", "20240229"),
+    ("yesterday", "20230301", "20230228"),
+    ("today", "20240229", "20240229"),
+])
+def test_yesterday_and_today(token, today, meant):
+    assert span(store.parse_token(token, date(today))) == (meant, meant)
+
+
+REFUSED = [
+    # no days and months of the calendar
+    "202413", "202400", "20240631", "20240230", "20230229", "19000229", "20240400", "20240432", "20241301", "20240001", "000000", "00000101", "99999999",
+    # ranges
+    "20240415-20240401", "202404-202403", "20240427-20240426", "20240401-202404", "202404-20240430", "20240401-20240230", "202404-202413", "202413-202404",
+    "-20240401", "-202404", "-", "20240401--20240402", "20240401-20240402-", "20240401-20240402-20240403", "20240401 - 20240402", "20240401:20240402",
+    # open ones that start after today, the 27th of April 2024
+    "20240428-", "202405-", "20250101-", "99991231-", "202413-", "20240230-",
+    # no accession: the first letter
+    "", " ", "e123", "abc", "123", "X123", " E123", "ÉE1", "Ｅ123",
+    # no accession: nothing after it, or a blank at the end (which DICOM takes for padding)
+    "E", "E ", "E1 ", "E1  ",
+    # no accession: what Orthanc reads as a wildcard or a list
+    "E*", "E?", "E1*", "E1?", "*E1", "E1\\E2", "E\\", "*", "?", "E*1", "E 1*",
+    # no accession: control characters
+    "E1\n", "E1\t", "\nE1", "E1\r", "E1\0", "E1\x1b[2J", "E1\x7f", "E1\x85", "E1\nE2", "E1\u2028", "E1\u200b",
+    # no accession: other characters
+    "E1,E2", "E1;", "E1:2", "E(1)", "E1#", "E1@", "E%31", "E1'", 'E1"', "E1=2", "E1+2", "E1|2", "E1\xa02", "E1\udcff",
+    # no dates
+    "2024", "20240", "2024042", "202404271", "2024-04-27", "2024-04", "27.04.2024", "2024042a", "٢٠٢٤٠٤", "２０２４０４２７", "20240427\n", "202404 ",
+    "+202404", "2024_04",
+    "tomorrow", "yesterday ", "todayE1",
+]
+
+
+@pytest.mark.parametrize("token", REFUSED, ids=ascii)
+def test_a_wrong_token_is_a_usage_error(token):
+    with pytest.raises(store.UsageError):
+        store.parse_token(token, TODAY)
+
+
+@pytest.mark.parametrize("token", ["202413", "20240631", "E*", "e123", "abc", "20240415-20240401", "202404-202403", "20240428-", "202405-",
+                                   "20240401-202404"])
+def test_the_error_names_the_token_and_what_is_allowed(token):
+    with pytest.raises(store.UsageError) as error:
+        store.parse_token(token, TODAY)
+    assert f"'{token}'" in str(error.value)
+    assert "allowed" in str(error.value) and "YYYYMMDD" in str(error.value) and "YYYYMM-YYYYMM" in str(error.value)
+
+
+def test_the_error_says_which_part_of_a_range_is_wrong():
+    with pytest.raises(store.UsageError, match="20240230"):
+        store.parse_token("20240201-20240230", TODAY)
+
+
+@pytest.mark.parametrize("token", ["E1\x1b[2J", "E1\nE2: stored", "E" + "\x00" * 5000, "\x9b" * 3, "E1\u202e"], ids=ascii)
+def test_the_error_shows_a_token_without_its_control_characters(token):
+    with pytest.raises(store.UsageError) as error:
+        store.parse_token(token, TODAY)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 1000
+
+
+def test_a_usage_error_ends_with_status_2():
+    assert store.UsageError.exit_status == 2
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What holds for any text
+# ------------------------------------------------------------------------------------------------------------------
+
+near_tokens = st.one_of(
+    st.text(max_size=30),
+    st.text(alphabet="E019-/._ *?\\\n\0e", max_size=12).map(lambda rest: "E" + rest),
+    st.text(alphabet="0123456789-", max_size=18),
+    st.from_regex(r"E[\w./ -]{0,16}[*?\\\x00-\x1f]?[\w./ -]{0,4}", fullmatch=True),
+    st.from_regex(r"[0-9]{6}([0-9]{2})?(-([0-9]{6}([0-9]{2})?)?)?", fullmatch=True))
+
+
+def specified_accession(text: str) -> bool:
+    """The rule of the accession token, said once more: E, then letters, digits, . _ - / or a blank inside."""
+    return len(text) >= 2 and text[0] == "E" and text[-1] != " " and all(char.isalnum() or char in "._-/ " for char in text[1:])
+
+
+@property_test
+@given(near_tokens)
+@example("E1\n")
+@example("E\u0661")
+def test_any_text_means_something_or_is_a_usage_error(text):
+    try:
+        meaning = store.parse_token(text, TODAY)
+    except store.UsageError:
+        return
+    if isinstance(meaning, store.Accession):
+        assert meaning.text == text
+        assert specified_accession(text)
+    else:
+        assert meaning.first <= meaning.last
+        assert re.fullmatch(r"\d{6}(\d\d)?(-(\d{6}(\d\d)?)?)?|today|yesterday", text, re.ASCII)
+
+
+@property_test
+@given(st.text(alphabet="E1a ./", max_size=6), st.sampled_from("*?\\" + "".join(map(chr, [*range(32), *range(127, 160)])) + "\u2028\u2029"),
+       st.text(alphabet="E1a ./", max_size=6))
+def test_no_accession_with_a_wildcard_a_list_or_a_control_character_is_accepted(before, bad, after):
+    with pytest.raises(store.UsageError):
+        store.parse_token("E" + before + bad + after, TODAY)
+
+
+@property_test
+@given(st.text(alphabet="ABEZabez0189._-/ ", min_size=1, max_size=16))
+def test_every_accession_of_the_rule_is_accepted(rest):
+    token = "E" + rest
+    if specified_accession(token):
+        assert store.parse_token(token, TODAY) == store.Accession(token)
+
+
+@property_test
+@given(st.dates(), st.dates())
+def test_every_day_and_every_range_of_days_means_itself(one, other):
+    low, high = sorted((one, other))
+    day, token = f"{low.year:04}{low.month:02}{low.day:02}", f"{high.year:04}{high.month:02}{high.day:02}"
+    meaning = store.parse_token(day, TODAY)
+    assert (meaning.first, meaning.last) == (low, low)
+    meaning = store.parse_token(f"{day}-{token}", TODAY)
+    assert (meaning.first, meaning.last) == (low, high)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Several tokens
+# ------------------------------------------------------------------------------------------------------------------
+
+def test_tokens_keep_their_order():
+    assert store.expand_tokens(["202404", "E2", "20240401", "E1"], TODAY) == [
+        store.Dates("202404", date("20240401"), date("20240430")), store.Accession("E2"),
+        store.Dates("20240401", date("20240401"), date("20240401")), store.Accession("E1")]
+
+
+def test_a_token_named_twice_counts_once(tmp_path):
+    (tmp_path / "list").write_text("E1\n202404\nE1\nE2\n")
+    meant = store.expand_tokens(["E1", "202404", "E1", "202404", f"@{tmp_path / 'list'}", f"@{tmp_path / 'list'}"], TODAY)
+    assert [getattr(one, "text", None) or one.token for one in meant] == ["E1", "202404", "E2"]
+
+
+@pytest.mark.parametrize("tokens", [["E1", "E*"], ["E*", "E1"], ["202404", "202413"], ["E1", "@nowhere"]])
+def test_one_wrong_token_refuses_them_all(tokens):
+    with pytest.raises(store.UsageError):
+        store.expand_tokens(tokens, TODAY)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# @FILE
+# ------------------------------------------------------------------------------------------------------------------
+
+def tokens_of(path) -> list[str]:
+    return [getattr(one, "text", None) or one.token for one in store.expand_tokens([f"@{path}"], TODAY)]
+
+
+@pytest.mark.parametrize("content, expected", [
+    (b"E1\nE2\n", ["E1", "E2"]),
+    (b"E1\nE2", ["E1", "E2"]),                                      # no end of line at the end
+    (b"E1\r\n20240427\r\n", ["E1", "20240427"]),                    # as Windows writes it
+    (b"\xef\xbb\xbfE1\nE2\n", ["E1", "E2"]),                        # a BOM, as spreadsheet programs write it
+    (b"\xef\xbb\xbf202404\r\n\r\n# end\r\n", ["202404"]),
+    (b"\n\n  \nE1\n\t\n", ["E1"]),                                  # blank lines
+    (b"# all of April\n202404\n  # and one\nE1\n#E2\n", ["202404", "E1"]),
+    (b"E1 # the first\nE2#\n", ["E1", "E2"]),
+    (b"  E1\t\n E 2 \n", ["E1", "E 2"]),                            # blanks around, not those inside
+    ("# Müller\nE1\n".encode(), ["E1"]),
+    (b"yesterday\n20240401-20240415\n202401-\n", ["yesterday", "20240401-20240415", "202401-"]),
+    (b"", []), (b"\xef\xbb\xbf", []), (b"# nothing\n", []),
+])
+def test_a_token_file_holds_one_token_a_line(tmp_path, content, expected):
+    (tmp_path / "list").write_bytes(content)
+    assert tokens_of(tmp_path / "list") == expected
+
+
+def test_a_token_file_of_many_lines_is_read_whole(tmp_path):
+    names = [f"E{number}" for number in range(20_000)]
+    (tmp_path / "list").write_text("\n".join(names))
+    assert tokens_of(tmp_path / "list") == names
+
+
+@pytest.mark.parametrize("content, line, token", [
+    (b"E1\nE*\nE2\n", 2, "E*"),
+    (b"\xef\xbb\xbf# one\r\n\r\n202413\r\n", 3, "202413"),
+    (b"e123\n", 1, "e123"),
+    (b"E1\nE1 E2 *\n", 2, "E1 E2 *"),
+    (b"E1\nE2,E3\n", 2, "E2,E3"),
+])
+def test_a_wrong_line_is_named_with_file_number_and_token(tmp_path, content, line, token):
+    (tmp_path / "list").write_bytes(content)
+    with pytest.raises(store.UsageError) as error:
+        tokens_of(tmp_path / "list")
+    assert all(part in str(error.value) for part in (str(tmp_path / "list"), f"line {line}", f"'{token}'", "allowed"))
+
+
+@pytest.mark.parametrize("content", [b"E1\0\n", b"E1\x1b[2J\n", b"E1\x0cE2\n", b"E1\x0bE2\n", b"E1\x1cE2\n", b"E1\x7f\n", "E1\x85E2\n".encode(),
+                                     "E1\u2028E2\n".encode()])
+def test_a_line_with_a_control_character_is_refused_not_cut(tmp_path, content):
+    (tmp_path / "list").write_bytes(content)
+    with pytest.raises(store.UsageError):
+        tokens_of(tmp_path / "list")
+
+
+def test_a_token_file_names_no_other(tmp_path):
+    (tmp_path / "inner").write_text("E1\n")
+    (tmp_path / "outer").write_text(f"@{tmp_path / 'inner'}\n")
+    with pytest.raises(store.UsageError) as error:
+        tokens_of(tmp_path / "outer")
+    assert str(tmp_path / "outer") in str(error.value) and "line 1" in str(error.value)
+    assert "or @FILE" not in str(error.value), "the message allows what it refuses"
+
+
+@pytest.mark.parametrize("content", [b"E1\n\xff\xfe\n", b"caf\xe9\n", "E1\n".encode("utf-16"), "E1\nE2\n".encode("utf-16-le"), b"\x89PNG\r\n\x1a\n\0\0"],
+                         ids=["latin", "comment", "utf-16", "utf-16-le", "image"])
+def test_a_file_that_is_no_utf8_text_of_tokens_is_refused(tmp_path, content):
+    (tmp_path / "list").write_bytes(content)
+    with pytest.raises(store.UsageError, match=re.escape(str(tmp_path / "list"))) as error:
+        tokens_of(tmp_path / "list")
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["missing", "", ".", "no/such/folder/list"])
+def test_a_token_file_that_cannot_be_read_is_named(tmp_path, name):
+    path = tmp_path / name if name else ""
+    with pytest.raises(store.UsageError, match=re.escape(f"@{path}")):
+        tokens_of(path)
+
+
+def test_a_file_name_with_a_nul_is_a_usage_error():
+    with pytest.raises(store.UsageError):
+        tokens_of("a\0b")
+
+
+def test_a_dash_reads_standard_input(monkeypatch):
+    class Stdin:
+        buffer = io.BytesIO(b"\xef\xbb\xbfE1\r\n\r\n# two\r\n202404\r\n")
+    monkeypatch.setattr("sys.stdin", Stdin)
+    assert tokens_of("-") == ["E1", "202404"]
+
+
+def test_a_wrong_line_of_standard_input_is_named(monkeypatch):
+    class Stdin:
+        buffer = io.BytesIO(b"E1\nE?\n")
+    monkeypatch.setattr("sys.stdin", Stdin)
+    with pytest.raises(store.UsageError, match=r"@-.*line 2.*'E\?'"):
+        tokens_of("-")
+
+
+def test_a_closed_standard_input_is_a_usage_error(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(store.UsageError, match="@-"):
+        tokens_of("-")
+
+
+@property_test
+@given(st.binary(max_size=60))
+def test_any_bytes_as_a_token_file_mean_something_or_are_a_usage_error(data):
+    try:
+        meant = store.expand_tokens(["@-"], TODAY, io.BytesIO(data))
+    except store.UsageError as error:
+        assert str(error).isprintable()
+        return
+    assert all(specified_accession(one.text) for one in meant if isinstance(one, store.Accession))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Spans cut into months and days
+# ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("first, last, months", [
+    ("20240401", "20240430", [("20240401", "20240430")]),
+    ("20240410", "20240412", [("20240410", "20240412")]),
+    ("20240427", "20240427", [("20240427", "20240427")]),
+    ("20240430", "20240501", [("20240430", "20240430"), ("20240501", "20240501")]),
+    ("20240115", "20240310", [("20240115", "20240131"), ("20240201", "20240229"), ("20240301", "20240310")]),
+    ("20230201", "20230301", [("20230201", "20230228"), ("20230301", "20230301")]),
+    ("20231215", "20240115", [("20231215", "20231231"), ("20240101", "20240115")]),
+    ("20231231", "20240101", [("20231231", "20231231"), ("20240101", "20240101")]),
+    ("99991130", "99991231", [("99991130", "99991130"), ("99991201", "99991231")]),     # the calendar ends here
+    ("00010101", "00010201", [("00010101", "00010131"), ("00010201", "00010201")]),
+])
+def test_a_span_is_asked_month_by_month(first, last, months):
+    cut = list(store.months_of(store.Dates("", date(first), date(last))))
+    assert cut == [(date(low), date(high)) for low, high in months]
+
+
+@pytest.mark.parametrize("first, last, days", [
+    ("20240427", "20240427", ["20240427"]),
+    ("20240227", "20240301", ["20240227", "20240228", "20240229", "20240301"]),
+    ("20230227", "20230301", ["20230227", "20230228", "20230301"]),
+    ("20231230", "20240101", ["20231230", "20231231", "20240101"]),
+    ("99991230", "99991231", ["99991230", "99991231"]),
+])
+def test_a_span_is_asked_day_by_day(first, last, days):
+    assert list(store.days_of(date(first), date(last))) == [date(day) for day in days]
+
+
+@property_test
+@given(st.dates(), st.integers(0, 900))
+def test_the_months_and_days_of_a_span_cover_it_once_and_without_a_gap(first, length):
+    last = datetime.date.fromordinal(min(first.toordinal() + length, datetime.date.max.toordinal()))
+    expected = list(range(first.toordinal(), last.toordinal() + 1))
+    months = list(store.months_of(store.Dates("", first, last)))
+    assert [day for low, high in months for day in range(low.toordinal(), high.toordinal() + 1)] == expected
+    assert all((low.year, low.month) == (high.year, high.month) for low, high in months)
+    assert [day.toordinal() for day in store.days_of(first, last)] == expected
