@@ -27,29 +27,25 @@ what; 2 usage error, nothing was contacted or written; 130 and 143 interrupted b
 from __future__ import annotations
 
 import argparse
-import calendar
 import contextlib
-import csv
 import datetime
-import hashlib
+import functools
+import gc
 import importlib.util
 import json
 import logging
 import math
 import os
 import queue
-import random
 import re
 import signal
 import sqlite3
 import stat
 import struct
 import sys
-import tempfile
 import threading
 import time
 import types
-import urllib.parse
 from collections import Counter, deque
 from decimal import Decimal
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
@@ -73,10 +69,13 @@ LONGEST_WAIT = 60.0       # seconds that one request may spend waiting in all; a
 ANSWER_BYTES = 256 << 20  # no answer that this program asks for comes near it
 BUSY_SECONDS = 30.0       # how long another writer of the database is waited for
 AHEAD = 128               # accessions fetched and not yet stored, at most: what bounds the memory
-LOOKS = 6                 # instances of a series whose header may be read, the first one included
+MORE = 6                  # requests that a series may cost beyond its header, to find what is missing
+LOOKS = 6                 # of its instances whose header may be read, the first one included
 PROBE = 1000              # studies asked for to see whether an older server cuts its answers
 
 log = logging.getLogger("store_study_info")
+
+# What only some runs need is imported where it is used: `--help` and usage errors come at once.
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -139,8 +138,8 @@ def clean(value: Any) -> str | None:
     """
     if not isinstance(value, str):
         return None
-    text = value.replace("\0", " ").strip().encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    return text or None
+    text = value.replace("\0", " ").strip()
+    return (text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")) or None
 
 
 _NUMBER = re.compile(r"[+-]?(\d{1,300}\.?\d{0,300}|\.\d{1,300})([eE][+-]?\d{1,4})?", re.ASCII)
@@ -325,7 +324,7 @@ def span_of(digits: str, token: str) -> tuple[datetime.date, datetime.date]:
         first = datetime.date(year, month, int(day or 1))
     except ValueError:
         raise UsageError(f"token {quoted(token)}: {digits} is no {'day' if day else 'month'} of the calendar; allowed are {TOKEN_HELP}") from None
-    return first, first if day else first.replace(day=calendar.monthrange(year, month)[1])
+    return first, first if day else month_end(first)
 
 
 def expand_tokens(tokens: Iterable[str], today: datetime.date, stdin=None) -> list[Accession | Dates]:
@@ -366,11 +365,18 @@ def months_of(dates: Dates) -> Iterator[tuple[datetime.date, datetime.date]]:
     """A span cut at the ends of months, so that no single answer grows with its length."""
     first = dates.first
     while first <= dates.last:
-        end = first.replace(day=calendar.monthrange(first.year, first.month)[1])
+        end = month_end(first)
         yield first, min(end, dates.last)
         if end == datetime.date.max:
             return
         first = end + datetime.timedelta(days=1)
+
+
+def month_end(day: datetime.date) -> datetime.date:
+    """The last day of a day's month."""
+    if day.month == 12:
+        return day.replace(day=31)
+    return day.replace(month=day.month + 1, day=1) - datetime.timedelta(days=1)
 
 
 def days_of(first: datetime.date, last: datetime.date) -> list[datetime.date]:
@@ -405,6 +411,7 @@ class Measured(NamedTuple):
     header: Header
     sar: Reading        # W/kg, float
     duration: Reading   # seconds, Decimal, not yet rounded
+    instance: str | None = None     # its ID, where it is not the first instance
 
     @property
     def complete(self) -> bool:
@@ -463,8 +470,8 @@ def extract_duration(header: Header) -> Reading:
     return Reading(value)
 
 
-def measure(header: Header) -> Measured:
-    return Measured(header, extract_sar(header), extract_duration(header))
+def measure(header: Header, instance: str | None = None) -> Measured:
+    return Measured(header, extract_sar(header), extract_duration(header), instance)
 
 
 def may_be_elsewhere(found: Measured) -> bool:
@@ -587,25 +594,30 @@ class Server:
             self._client = open_client(self.url, self._credentials, self.timeout)
         return self._client
 
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
     def asked(self) -> int:
         """How many requests this thread has made, repeated ones counted once."""
         return getattr(self._asked, "count", 0)
 
-    def ask(self, method: str, path: str, body: Any = None, absent_ok: bool = False, cut: bytes | None = None) -> bytes | None:
-        """One answer, the request repeated where that can help. None for a 404 with absent_ok.
+    def ask(self, method: str, path: str, body: Any = None, raw: bool = False, cut: bytes | None = None) -> bytes | None:
+        """One answer, the request repeated where that can help.
 
-        With `cut`, the mark of a member of a JSON object, the answer ends before it and the rest is not read. Raises ServerError for this request, RunError
+        With `raw` it is the bytes of an element, None where that is absent (404). With `cut`, the mark of a member of a JSON object, the answer ends before it and the rest is not read. Raises ServerError for this request, RunError
         where the run cannot go on.
         """
         self._asked.count = self.asked() + 1
         began, waited, stale = time.monotonic(), 0.0, 0
         for attempt in range(1, sys.maxsize):
             try:
-                return self._once(method, path, body, absent_ok, cut)
+                return self._once(method, path, body, raw, cut)
             except TransientError as fault:
                 if fault.stale and not stale:
                     stale = 1      # the server had just closed an idle connection: repeated without a word
                     continue
+                import random
                 wait = fault.wait if fault.wait is not None else FIRST_WAIT * 2 ** (attempt - stale - 1) * random.uniform(0.75, 1.25)
                 waited += wait
                 if attempt - stale >= fault.tries or waited > LONGEST_WAIT:
@@ -623,14 +635,17 @@ class Server:
             return RunError(f"{text}; is --url right, and the server running?")
         return RunError(text) if self.answered == -math.inf else ServerError(text)
 
-    def _once(self, method: str, path: str, body: Any, absent_ok: bool, cut: bytes | None) -> bytes | None:
+    def _once(self, method: str, path: str, body: Any, raw: bool, cut: bytes | None) -> bytes | None:
+        client = self.client    # first of all: it says which package is missing
         import httpx
         try:
-            with self.client.stream(method, self.url + path, json=body) as response:
+            with client.stream(method, self.url + path, json=body) as response:
                 self.answered = time.monotonic()
-                if response.status_code == 404 and absent_ok:
+                if response.status_code == 404 and raw:
                     return None
                 self._check_status(response, path)
+                if raw and not response.headers.get("content-type", "").startswith("application/octet-stream"):
+                    raise ServerError(f"{self.url} answered {path} with something else than the bytes of an element")
                 return self._read(response, path, cut)
         except httpx.TimeoutException as error:
             contact = not isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout))
@@ -664,7 +679,8 @@ class Server:
             what = "forbids this" if status == 403 else "refuses the user and password" if self._credentials else "wants a user and password"
             raise RunError(f"{self.url} {what} (HTTP {status}); credentials were looked up in {self.where}")
         if 300 <= status < 400:
-            target = urllib.parse.urlsplit(response.headers.get("location", ""))
+            from urllib.parse import urlsplit
+            target = urlsplit(response.headers.get("location", ""))
             raise ServerError(f"{self.url} redirects {path} to {printable(target.scheme)}://{printable(target.hostname or '')}: "
                               "redirects are not followed, give the final address as --url")
         text = f"{self.url} answered {path} with HTTP {status}"
@@ -746,6 +762,8 @@ class Server:
         extended, answers = self.extended, page()
         if extended and "StudyDate" in query:
             while answers and (further := page(Since=len(answers), Limit=PROBE)):
+                if any(one.get("ID") == answers[0].get("ID") for one in further):
+                    raise ServerError(f"{self.url} answered /tools/find with the same studies again: it ignores 'Since'")
                 answers += further
         if answers:
             self.requested = "RequestedTags" in answers[0]
@@ -803,7 +821,7 @@ class Server:
         instances: dict[str, list[str]] = {}
         query = {"StudyInstanceUID": uid_list(studies)}
         for answer in self.find("Instance", query, (), ("Parent",), OrderBy=RECEIVED):
-            instances.setdefault(required(answer, "ParentSeries", str), []).append(required(answer, "ID", str))
+            instances.setdefault(required_id(answer, "ParentSeries"), []).append(required_id(answer, "ID"))
         return {series: tuple(ids) for series, ids in instances.items()}
 
     def instance_list(self, series: Series) -> tuple[str, ...]:
@@ -816,7 +834,7 @@ class Server:
         """(ID, header) of the first instances of a series in the order received, the very first one included."""
         query = {"SeriesInstanceUID": get_element(series.header, SERIES_UID)}
         answers = self.find("Instance", query, tags, ("RequestedTags", "Parent"), OrderBy=RECEIVED, Limit=LOOKS)
-        return [(required(answer, "ID", str), read_header(answer)) for answer in answers if answer.get("ParentSeries") == series.id]
+        return [(required_id(answer, "ID"), read_header(answer)) for answer in answers if answer.get("ParentSeries") == series.id]
 
     def header_of(self, instance: str, series: Series) -> Header:
         """The header of one instance, what belongs to the study as the server keeps it.
@@ -828,7 +846,7 @@ class Server:
 
     def content(self, instance: str, *path: str) -> bytes | None:
         """The raw bytes of one element, None where it is absent. path: tag, or tag, item, tag … into sequences."""
-        return self.ask("GET", f"/instances/{instance}/content/" + "/".join(step.replace(",", "-") for step in path), absent_ok=True)
+        return self.ask("GET", f"/instances/{instance}/content/" + "/".join(step.replace(",", "-") for step in path), raw=True)
 
     def instance_of(self, series: Series) -> str | None:
         """The Orthanc ID of the instance that a series' header came from.
@@ -841,7 +859,7 @@ class Server:
         if orthanc_id(*parts[:3]) == series.id:
             return orthanc_id(*parts)
         found = self.find("Instance", {"SeriesInstanceUID": parts[2], "SOPInstanceUID": parts[3]}, (), ("Parent",)) if all(parts[2:]) else []
-        return next((required(answer, "ID", str) for answer in found if answer.get("ParentSeries") == series.id), None)
+        return next((required_id(answer, "ID") for answer in found if answer.get("ParentSeries") == series.id), None)
 
 
 RECEIVED = [{"Type": "Metadata", "Key": "ReceptionDate", "Direction": "ASC"}]
@@ -852,24 +870,42 @@ def open_client(url: str, credentials: Credentials | None, timeout: float):
 
     Proxies in the environment are not used: patient data and passwords go to the named server and nowhere else.
     """
-    import ssl
-
-    import httpx
-    from pyorthanc import Orthanc
-    verify: Any = False     # nothing to verify on http; the certificates take time to load
-    if url.startswith("https:"):
-        authorities = os.environ.get("SSL_CERT_FILE") or None
+    with without_garbage_collection():
         try:
-            verify = ssl.create_default_context(cafile=authorities)
-        except OSError as error:
-            raise UsageError(f"SSL_CERT_FILE {printable(authorities or '')} cannot be read: {reason_of(error)}") from None
-    client = Orthanc(url, return_raw_response=True, verify=verify, trust_env=False, follow_redirects=False,
-                     timeout=httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout), pool=None),
-                     limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
-                     headers={"User-Agent": f"store_study_info/{__version__}"})
+            import httpx
+            from pyorthanc import Orthanc
+        except ImportError as error:
+            raise missing_packages(error.name or str(error)) from None
+        client = Orthanc(url, return_raw_response=True, verify=certificates(url), trust_env=False, follow_redirects=False,
+                         timeout=httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout), pool=None),
+                         limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
+                         headers={"User-Agent": f"store_study_info/{__version__}"})
     if credentials:
         client.setup_credentials(*credentials)
     return client
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Around imports of packages whose 20,000 objects come to stay: looking for garbage among them costs a tenth of the import."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def certificates(url: str) -> Any:
+    """What httpx is to verify a server with: the system's authorities or those of SSL_CERT_FILE; nothing for http."""
+    if not url.startswith("https:"):
+        return False    # loading certificates takes time
+    import ssl
+    authorities = os.environ.get("SSL_CERT_FILE") or None
+    try:
+        return ssl.create_default_context(cafile=authorities)
+    except OSError as error:
+        raise UsageError(f"SSL_CERT_FILE {printable(authorities or '')} cannot be read: {reason_of(error)}") from None
 
 
 def retry_after(text: str | None) -> float | None:
@@ -887,8 +923,24 @@ def retry_after(text: str | None) -> float | None:
 
 def orthanc_id(*identifiers: str) -> str:
     """Orthanc's ID of a resource: SHA-1 of its PatientID, StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID."""
+    import hashlib
     digest = hashlib.sha1("|".join(identifiers).encode("utf-8", "replace"), usedforsecurity=False).hexdigest()
     return "-".join(digest[start:start + 8] for start in range(0, 40, 8))
+
+
+# Orthanc's IDs become part of addresses and of sentences: nothing else may.
+ORTHANC_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", re.ASCII)
+
+
+def is_id(value: Any) -> bool:
+    return isinstance(value, str) and ORTHANC_ID.fullmatch(value) is not None
+
+
+def required_id(answer: Header, key: str) -> str:
+    value = required(answer, key, str)
+    if not is_id(value):
+        raise ServerError(f"the server sent a record whose {key} is no Orthanc ID")
+    return value
 
 
 def required(answer: Header, key: str, kind: type) -> Any:
@@ -917,6 +969,7 @@ def read_header(answer: Header) -> Header:
     return header
 
 
+@functools.lru_cache(maxsize=1024)    # the same few dozen tags in every answer
 def hexadecimal(tag: str) -> str:
     """`0008,0050` as it is, a keyword of the DICOM dictionary (1.9 knows no `Short` here) as such a tag."""
     if re.fullmatch(r"[0-9a-fA-F]{4},[0-9a-fA-F]{4}", tag):
@@ -940,18 +993,18 @@ def read_study(answer: Header) -> Study:
     if uid is None:    # an empty value in a query matches everything
         raise ServerError("the server sent a study without a StudyInstanceUID")
     tags = {tag: header[tag] for tag in STUDY_LEVEL if tag in header}
-    return Study(required(answer, "ID", str), uid, clean(header.get(ACCESSION)) or "",
+    return Study(required_id(answer, "ID"), uid, clean(header.get(ACCESSION)) or "",
                  clean(header.get(STUDY_DATE)) or "", required(answer, "IsStable", bool), count, tags)
 
 
 def read_series(answer: Header) -> Series:
     instances = answer.get("Instances")
-    if not (instances is None or isinstance(instances, list) and all(isinstance(one, str) for one in instances)):
+    if not (instances is None or isinstance(instances, list) and all(map(is_id, instances))):
         raise ServerError("the server sent a series whose instances are no list of IDs")
     header = read_header(answer)
     if clean(header.get(SERIES_UID)) is None:
         raise ServerError("the server sent a series without a SeriesInstanceUID")
-    return Series(required(answer, "ID", str), required(answer, "ParentStudy", str), required(answer, "IsStable", bool),
+    return Series(required_id(answer, "ID"), required_id(answer, "ParentStudy"), required(answer, "IsStable", bool),
                   header, tuple(instances) if instances is not None else None)
 
 
@@ -1088,17 +1141,20 @@ def doubts(studies: list[Study], series: list[Series], today: str) -> Iterator[s
 
 
 def _process_series(server: Server, series: Series, options: Options) -> tuple[Measured, list[str]]:
-    """What is stored of one series, and for the log where it was found other than in its first instance's Siemens tags."""
-    found, sources = measure(series.header), []
+    """What is stored of one series, and for the log where it was found other than in its first instance's Siemens tags.
+
+    What is missing is looked for with MORE requests at most.
+    """
+    found, sources, limit = measure(series.header), [], server.asked() + MORE
     if hidden_time(series.header) and (found.sar.value is not None or options.fallback):
         found = measure(with_hidden_time(server, server.instance_of(series), series.header))
     if not found.complete and may_be_elsewhere(found):
-        better = second_look(server, series, options)
+        better = second_look(server, series, options, limit)
         if better:
             found = better
             sources.append("read from another instance than the first, which lacks SAR or duration")
     if options.fallback and not (found.complete and found.duration.value >= 1):
-        found, further = fall_back(server, series, found)
+        found, further = fall_back(server, series, found, limit)
         sources += further
     return found, sources
 
@@ -1110,80 +1166,76 @@ def with_hidden_time(server: Server, instance: str | None, header: Header) -> He
     return header if raw is None else header | {tag: raw[:64].decode("latin-1")}
 
 
-def second_look(server: Server, series: Series, options: Options) -> Measured | None:
-    """The next instances in the order received, until one has both SAR and duration; LOOKS requests at most."""
-    def affordable() -> bool:
-        return server.asked() - before < LOOKS
-
-    before = server.asked()
-    for instance, header in siblings(server, series, options):
-        found = measure(header)
-        if found.sar.value is None or not affordable():
-            continue
-        if hidden_time(header):
-            found = measure(with_hidden_time(server, instance, header))
-        if found.complete and series.instances is None and affordable():
-            whole_header = server.header_of(instance, series)
+def second_look(server: Server, series: Series, options: Options, limit: int) -> Measured | None:
+    """The next instances in the order received, until one has both SAR and duration or the thread's count of requests is at its limit."""
+    requested = series.instances is None and server.extended
+    for instance, header in siblings(server, series, options, limit):
+        found = measure(header, instance)
+        if found.sar.value is not None and hidden_time(header) and server.asked() + requested < limit:
+            found = measure(with_hidden_time(server, instance, header), instance)
+        if found.complete and requested:
+            # RequestedTags mix in what the server keeps of the series, which is of its first instance: one request more
             tag = private_tag(header, *SIEMENS_HEADER) or TIME_OF_ACQUISITION
-            found = measure(whole_header | {tag: found.header.get(tag)})
+            found = measure(server.header_of(instance, series) | {tag: found.header.get(tag)}, instance)
         if found.complete:
             return found
     return None
 
 
-def siblings(server: Server, series: Series, options: Options) -> Iterator[tuple[str, Header]]:
+def siblings(server: Server, series: Series, options: Options, limit: int) -> Iterator[tuple[str, Header]]:
     """(instance, header) of a few instances after the first one received."""
-    if series.instances is None and server.extended:
+    if series.instances is None and server.extended:    # RequestedTags were answered, in the order received
         for instance, header in server.first_instances(series, options.tags):
             if header.get(SOP_UID) != series.header.get(SOP_UID):
                 yield instance, header
         return
     first = server.instance_of(series)
-    others = [one for one in server.instance_list(series) if one != first]
-    for instance in others[:LOOKS - 1]:
-        yield instance, server.header_of(instance, series)
+    for instance in server.instance_list(series)[:LOOKS]:
+        if instance != first and server.asked() < limit:
+            yield instance, server.header_of(instance, series)
 
 
-def fall_back(server: Server, series: Series, found: Measured) -> tuple[Measured, list[str]]:
+def fall_back(server: Server, series: Series, found: Measured, limit: int) -> tuple[Measured, list[str]]:
     """SAR and duration from elsewhere in the file, where the Siemens tags are missing or do not mean the scan."""
     sources = []
     if found.sar.value is None:
         sar = whole_body_sar(found.header.get(SHARED_GROUPS))
         if sar is None and get_element(found.header, SOP_CLASS) in ENHANCED:
-            sar = frame_sar(server, series)
+            sar = frame_sar(server, series, limit)
         if sar is not None:
             found = found._replace(sar=Reading(sar))
             sources.append("SAR from the whole-body item of the functional groups (0018,9181)")
+    seconds, source = None, ""
     if found.duration.value is None:
         seconds, source = stated_duration(found.header), f"AcquisitionDuration ({DURATION_SECONDS})"
-    elif found.duration.value < 1 and "DERIVED" not in (get_element(found.header, IMAGE_TYPE) or "").split("\\"):
-        seconds, source = siemens_protocol(server, series, found.header), "the protocol's lTotalScanTimeSec"
-    else:
-        seconds, source = None, ""
+    elif found.duration.value < 1 and "DERIVED" not in (get_element(found.header, IMAGE_TYPE) or "").split("\\") and server.asked() < limit:
+        seconds, source = siemens_protocol(server, found.instance or server.instance_of(series), found.header), "the protocol's lTotalScanTimeSec"
     if seconds is not None:
         found = found._replace(duration=Reading(seconds))
         sources.append(f"duration from {source}")
     return found, sources
 
 
-def frame_sar(server: Server, series: Series) -> float | None:
-    """The whole-body SAR of the first frame of an enhanced object, a few bytes at a time."""
-    instance = server.instance_of(series)
-    path = ("5200,9230", "0", "0018,9112", "0", "0018,9239")
-    listed = server.content(instance, *path) if instance else None
-    for item in range(min(len(re.findall(rb'"\d+"', listed or b"")), 8)):
-        definition = server.content(instance, *path, str(item), "0018,9179") or b""
+def frame_sar(server: Server, series: Series, limit: int) -> float | None:
+    """The whole-body SAR of the first frame of an enhanced object, a few bytes at a time. It is listed first by every vendor seen."""
+    instance, item = server.instance_of(series), 0
+    while instance and server.asked() + 1 < limit:
+        path = ("5200,9230", "0", "0018,9112", "0", "0018,9239", str(item))
+        definition = server.content(instance, *path, "0018,9179")
+        if definition is None:
+            return None
         if definition.strip(b" \0") == b"IEC_WHOLE_BODY":
-            raw = server.content(instance, *path, str(item), "0018,9181")
+            raw = server.content(instance, *path, "0018,9181")
             value = struct.unpack("<d", raw)[0] if raw and len(raw) == 8 else math.nan    # little endian, whatever the file is
             return value if math.isfinite(value) and value >= 0 else None
+        item += 1
     return None
 
 
-def siemens_protocol(server: Server, series: Series, header: Header) -> Decimal | None:
+def siemens_protocol(server: Server, instance: str | None, header: Header) -> Decimal | None:
     """The protocol's total scan time of the instance that a header came from; its text is 70 to 140 kB."""
     for place in SIEMENS_PROTOCOLS:
-        tag, instance = private_tag(header, *place), server.instance_of(series)
+        tag = private_tag(header, *place)
         raw = server.content(instance, tag) if tag and instance else None
         seconds = protocol_duration(raw) if raw else None
         if seconds is not None:
@@ -1371,6 +1423,8 @@ def csv_rows(conn: Database, accessions: Iterable[str]) -> Iterator[tuple]:
 
 def write_csv(path: str, conn: Database, accessions: Iterable[str]) -> None:
     """Written beside the file and moved into its place when complete; readable by its owner alone."""
+    import csv
+    import tempfile
     target = os.path.realpath(path)
     temporary = None
     try:
@@ -1444,7 +1498,7 @@ class Run(NamedTuple):
 
     def failure(self, text: str) -> None:
         self.tally.failed += 1
-        log.error("%s", text)
+        log.error("%s", printable(text))
 
 
 def plan(run: Run, tokens: Iterable[Accession | Dates], conn: Database | None) -> list[Want]:
@@ -1507,7 +1561,7 @@ def process_date_arg(token: Dates, conn: Database | None, run: Run) -> None:
         for day in doubtful:
             run.tally.doubtful += 1
             log.error("%s: may be incomplete, %s cuts its answers (LimitFindResults); name the missing accessions themselves", f"{day:%Y%m%d}", run.server.url)
-        log.info("%s: %d studies found", span, len(studies))
+        log.info("%s: studies found: %d", span, len(studies))
         for study in studies:
             note_dated(run.want(study.accession), study, conn, run.options)
 
@@ -1534,7 +1588,17 @@ def in_order(work: Callable, items: list, jobs: int) -> Iterator[tuple[Any, Any]
 
     def worker() -> None:
         for item, box in iter(tasks.get, None):
-            box.put(attempt(work, item))
+            result = attempt(work, item)
+            if isinstance(result, RunError):
+                stop()    # the run ends with it: what comes later in the order is not asked for
+            box.put(result)
+
+    def stop() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                tasks.get_nowait()
+        for _ in range(jobs):
+            tasks.put(None)
 
     for _ in range(min(jobs, len(items))):
         threading.Thread(target=worker, daemon=True).start()
@@ -1552,11 +1616,7 @@ def in_order(work: Callable, items: list, jobs: int) -> Iterator[tuple[Any, Any]
             item, box = waiting.popleft()
             yield item, box.get()
     finally:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                tasks.get_nowait()
-        for _ in range(jobs):
-            tasks.put(None)
+        stop()
 
 
 def attempt(work: Callable, item: Any) -> Any:
@@ -1795,7 +1855,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--timeout", metavar="S", type=positive_seconds, default=DEFAULT_TIMEOUT, help=f"seconds to wait for one answer (default {DEFAULT_TIMEOUT:.0f})")
     loud = how.add_mutually_exclusive_group()
     loud.add_argument("-v", "--verbose", action="store_true", help="say why each series is skipped")
-    loud.add_argument("-q", "--quiet", action="store_true", help="only warnings and errors")
+    loud.add_argument("-q", "--quiet", action="store_true", help="only warnings and errors; nothing at all when all is well")
     about = parser.add_argument_group("about")
     about.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     about.add_argument("-h", "--help", action="help", help="show this text")
@@ -1815,10 +1875,11 @@ def positive_seconds(text: str) -> float:
     return value
 
 
-def check_url(text: str) -> urllib.parse.SplitResult:
-    """An http or https URL without credentials; what is refused is never echoed, a password could be in it."""
+def check_url(text: str) -> tuple[str, str]:
+    """(URL, host) of an http or https URL without credentials; what is refused is never echoed, a password could be in it."""
+    from urllib.parse import urlsplit
     try:
-        url = urllib.parse.urlsplit(text)
+        url = urlsplit(text)
         port_ok = url.port is None or url.port > 0
     except ValueError:
         raise UsageError("--url is no URL; it must look like http://host:8042") from None
@@ -1827,7 +1888,7 @@ def check_url(text: str) -> urllib.parse.SplitResult:
     if url.scheme not in ("http", "https") or not url.hostname or not port_ok or url.query or url.fragment \
             or re.search(r"[\s\x00-\x20\x7f\\]", text):
         raise UsageError("--url is no address of an Orthanc server; it must look like http://host:8042 or https://host/orthanc")
-    return url
+    return url.geturl(), url.hostname
 
 
 def find_credentials(host: str, named: str | None) -> tuple[Credentials | None, str]:
@@ -1870,32 +1931,37 @@ def check_csv(path: str | None, database: str) -> None:
 def check_packages() -> None:
     missing = [name for name in ("pyorthanc", "pydicom") if importlib.util.find_spec(name) is None]
     if missing:
-        raise RunError(f"the Python package {' and '.join(missing)} is missing: run 'pip install -r requirements.txt', "
-                       "or run this program as 'uv run store_study_info.py', which fetches what it needs")
+        raise missing_packages(*missing)
+
+
+def missing_packages(*names: str) -> RunError:
+    return RunError(f"missing Python packages: {', '.join(names)}; run 'pip install -r requirements.txt', "
+                    "or run this program as 'uv run store_study_info.py', which fetches what it needs")
 
 
 def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     """The whole run. Everything of the user's is checked before the server is contacted or a file is written."""
     today = datetime.date.today()
     tokens = expand_tokens(arguments.tokens, today)
-    url = check_url(arguments.url)
+    url, host = check_url(arguments.url)
     if not arguments.db:
         raise UsageError("--db is empty; name a file")
     path = os.path.abspath(arguments.db)
     check_csv(arguments.csv, path)
-    credentials, where = find_credentials(url.hostname, arguments.netrc)
+    credentials, where = find_credentials(host, arguments.netrc)
     check_packages()
     conn = open_database(path) if check_database_file(path) else None
     options = Options(arguments.force, arguments.fallback, f"{today:%Y%m%d}")
-    run = Run(Server(url.geturl(), credentials, arguments.timeout, where), options, arguments.jobs, {}, tally)
+    run = Run(Server(url, credentials, arguments.timeout, where), options, arguments.jobs, {}, tally)
     todo = plan(run, tokens, conn)
     conn = conn or open_database(path)
     try:
-        fetch_and_store(run, todo, conn, print_accession)
+        fetch_and_store(run, todo, conn, (lambda name: None) if arguments.quiet else print_accession)
     except RunError:
         tally.failed += 1
         raise
     finally:
+        run.server.close()
         if arguments.csv and not isinstance(sys.exc_info()[1], Interrupted):
             write_csv(arguments.csv, conn, [want.accession for want in sorted(run.wants.values(), key=run_order)])
         conn.close()

@@ -5,7 +5,6 @@ import pathlib
 import sqlite3
 import subprocess
 import sys
-import threading
 from typing import NamedTuple
 
 import pytest
@@ -132,9 +131,3 @@ def warm():
 def home(tmp_path, warm) -> Home:
     return Home(tmp_path, warm)
 
-
-@pytest.fixture(autouse=True)
-def no_threads_left():
-    """A test that leaves a busy thread behind would disturb the next."""
-    yield
-    assert threading.active_count() < 200

@@ -40,15 +40,16 @@ class Orthanc:
 
     def __init__(self, command: str, **options):
         self.words, self.options = shlex.split(command), options
+        self.folder = self.process = self.client = None
         self.root = pathlib.Path(self.words[1] if self.words[0] == "chroot" else "/")
 
     def __enter__(self):
         for attempt in range(3):    # somebody else can take a free port before Orthanc does
             try:
                 return self.start()
-            except RuntimeError:
+            except BaseException as error:    # an interrupt too leaves nothing running
                 self.__exit__()
-                if attempt == 2:
+                if attempt == 2 or not isinstance(error, RuntimeError):
                     raise
 
     def start(self):
@@ -75,10 +76,13 @@ class Orthanc:
         raise RuntimeError("Orthanc did not answer within 30 s")
 
     def __exit__(self, *_):
-        self.client.close()
-        self.process.kill()    # nothing of it is kept, and an orderly end takes it two seconds
-        self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.client:
+            self.client.close()
+        if self.process:
+            self.process.kill()    # nothing of it is kept, and an orderly end takes it two seconds
+            self.process.wait()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def extended(self) -> bool:

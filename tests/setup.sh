@@ -58,7 +58,7 @@ have_orthanc() {
 get_orthanc() {
     if have_orthanc; then return; fi
     if ! may_install; then
-        say "No Orthanc was found, and none can be installed without root and apt."
+        say "No Orthanc was found, and none can be installed without root and apt: a small stand-in takes its place."
         return
     fi
     say "Fetching Debian's Orthanc (its libraries are installed, the server itself is only unpacked) …"

@@ -480,6 +480,9 @@ def test_a_real_enhanced_file_of_another_vendor_is_read_by_fallback_only():
 class NoServer:
     """No series of these tests may ask the server anything."""
 
+    def asked(self):
+        return 0
+
     def __getattr__(self, name):
         raise AssertionError(f"the server was asked: {name}")
 

@@ -1,0 +1,557 @@
+#!/usr/bin/env python3
+"""Times, requests, bytes and memory of whole runs, side by side, on a real Orthanc that this script fills itself.
+
+    python tests/benchmark.py [--quick] [--sections start,month,…] [--orthanc 'COMMAND'] > figures.md
+
+Compared are the program, with 4 jobs and with 1; the walk that pyorthanc's classes lead to; and the limit, which is what
+the server itself needs to tell everything: one `tools/find` on a connection that is open already.
+
+How it is measured: whole processes, start-up included, one of each contender in turn, so that a busy moment meets all.
+A time is the median of the rounds, a ratio the median of the ratios within each round. Without added latency nothing
+stands between program and server. With latency a relay in a process of its own holds each request back once and
+otherwise only passes bytes on; it counts them too, on the wire, headers included, both ways.
+
+The sections:
+    start     --help, --version and a usage error, against Python with argparse and sqlite3
+    month     a month of studies with pixels and large private headers, and the same month again, all stored
+    large     the same with more studies
+    growth    10, 100 and 1000 studies of one small series each: time and memory a study must stay level
+    database  storing and skipping, into an empty database and beside a million series
+"""
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import platform
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from typing import Callable, Iterable, Iterator, NamedTuple
+
+HERE = pathlib.Path(__file__).resolve().parent
+PROGRAM = HERE.parent / "store_study_info.py"
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+# The months that the studies are put into, so that one server serves all sections.
+MONTH, LARGE = "202404", "202405"
+GROWTH = {10: "202406", 100: "202407", 1000: "202408"}
+
+# What of the caller's environment the contenders would read.
+OURS = ("STUDY_INFO_DB", "ORTHANC_URL", "NETRC", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_COLOR")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The contenders
+# ------------------------------------------------------------------------------------------------------------------
+
+# What one writes who follows pyorthanc's classes, storing the same rows. Nothing is asked twice: study values come
+# from the files that are read anyway.
+WALK = '''
+import re, sqlite3, sys
+from pyorthanc import Orthanc, find_studies
+
+url, db, dates = sys.argv[1:]
+client = Orthanc(url, timeout=60)
+conn = sqlite3.connect(db)
+conn.execute("CREATE TABLE studies (accession TEXT PRIMARY KEY, patient_id TEXT, age INTEGER, height REAL, weight REAL, sex TEXT,"
+             " ethnic_group TEXT, body_part TEXT, manufacturer_model TEXT, study_date TEXT, study_description TEXT)")
+conn.execute("CREATE TABLE series (series_uid TEXT PRIMARY KEY, accession TEXT NOT NULL REFERENCES studies(accession), sar REAL,"
+             " duration INTEGER, series_number INTEGER, series_description TEXT, pulse_sequence_name TEXT, sequence_name TEXT)")
+
+def get(ds, *tag):
+    return str(ds[tag].value).strip() if tag in ds else None
+
+def seconds(text):
+    minutes, _, rest = text.removeprefix("TA").strip().rpartition(":")
+    return round(int(minutes or 0) * 60 + float(rest))
+
+for study in find_studies(client, {"AccessionNumber": "E*", "StudyDate": dates}):
+    accession = study.accession_number
+    rows = []
+    for series in study.series:
+        ds = series.instances[0].get_pydicom()
+        if (0x0018, 0x1316) in ds and (0x0051, 0x100a) in ds:
+            rows.append((series.uid, accession, float(ds[0x0018, 0x1316].value), seconds(get(ds, 0x0051, 0x100a)), int(ds.SeriesNumber),
+                         get(ds, 0x0008, 0x103e), get(ds, 0x0018, 0x9005), get(ds, 0x0018, 0x0024)))
+    with conn:
+        conn.execute("INSERT INTO studies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (
+            accession, get(ds, 0x0010, 0x0020), int(re.match(r"\\d+", ds.PatientAge)[0]), float(ds.PatientSize), float(ds.PatientWeight),
+            ds.PatientSex, get(ds, 0x0010, 0x2160), get(ds, 0x0018, 0x0015), get(ds, 0x0008, 0x1090), ds.StudyDate, ds.StudyDescription))
+        conn.executemany("INSERT INTO series VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+'''
+
+# Prints the seconds that the one request takes, its answer read and not looked at. The request before it opens the connection.
+LIMIT = '''
+import sys, time
+import httpx
+
+url, body = sys.argv[1:]
+with httpx.Client(timeout=600, trust_env=False) as client:
+    client.get(url + "/system").raise_for_status()
+    began = time.perf_counter()
+    client.post(url + "/tools/find", content=body).raise_for_status()
+    print(time.perf_counter() - began)
+'''
+
+# What the program does before it can ask anything: compile itself (Python keeps no bytecode of a script) and import.
+START = '''
+import runpy, sys
+runpy.run_path(sys.argv[1], run_name="not_main")
+import httpcore, httpx, pyorthanc
+'''
+
+
+def limit_body(month: str) -> str:
+    from store_study_info import SERIES_TAGS
+    return json.dumps({"Level": "Series", "Query": {"AccessionNumber": "E*", "StudyDate": f"{month}01-{month}31"}, "Since": 0, "Limit": 0,
+                       "Expand": True, "Short": True, "RequestedTags": SERIES_TAGS, "ResponseContent": ["RequestedTags", "Parent", "IsStable"]})
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The server and what is on it
+# ------------------------------------------------------------------------------------------------------------------
+
+def study_date(month: str, index: int, count: int) -> str:
+    """A day of the month; the studies are spread over it evenly."""
+    return f"{month}{1 + index * 30 // count:02d}"
+
+
+def headers_of(kilobytes: int, rows: int) -> Callable:
+    """A change for dicom_files.instance: pixels, and the private headers that make up the rest of a Siemens file."""
+    from dicom_files import pixels
+
+    def change(ds) -> None:
+        if rows:
+            pixels(ds, rows)
+        if kilobytes:
+            ds.add_new(0x00290010, "LO", "SIEMENS CSA HEADER")
+            ds.add_new(0x00291010, "OB", b"SV10" + bytes(kilobytes * 200 - 4))
+            ds.add_new(0x00291020, "OB", b"SV10" + bytes(kilobytes * 800 - 4))
+    return change
+
+
+def month_files(month: str, studies: int, series: int, instances: int, change: Callable) -> Iterator[bytes]:
+    import dicom_files
+    for index in range(studies):
+        name, date = f"E{month}{index:04d}", study_date(month, index, studies)
+        for one in range(1, series + 1):
+            for number in range(1, instances + 1):
+                yield dicom_files.instance(name, series=one, number=number, StudyDate=date, ta=f"TA 0{one % 10}:{index % 60:02d}", sar=f"0.{one:02d}{index % 10}",
+                                           change=change)
+
+
+def upload(server, files: Iterable[bytes]) -> tuple[int, int]:
+    """Files and bytes sent. Two at a time: pydicom makes the next while Orthanc writes the last."""
+    count = size = 0
+    with ThreadPoolExecutor(2) as pool:
+        pending = []
+        for data in files:
+            pending.append(pool.submit(server.upload, data))
+            count, size = count + 1, size + len(data)
+            if len(pending) > 8:
+                pending.pop(0).result()
+        for one in pending:
+            one.result()
+    return count, size
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The relay: latency, and what goes over the wire
+# ------------------------------------------------------------------------------------------------------------------
+
+class Relay:
+    """Passes bytes between clients and a server on loopback, in a process of its own; each request is held back once.
+
+    A request begins with the first bytes from the client since the server last said something: HTTP/1.1 as the
+    contenders speak it has one request at a time on a connection.
+    """
+
+    def __init__(self, port: int):
+        context = multiprocessing.get_context("spawn")
+        self.latency = context.Value("d", 0.0)      # seconds
+        self.counts = context.Array("Q", 2)         # requests, bytes
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=relay, args=(port, self.latency, self.counts, there), daemon=True)
+
+    def __enter__(self):
+        self._process.start()
+        self.url = f"http://127.0.0.1:{self._pipe.recv()}"
+        return self
+
+    def __exit__(self, *_):
+        self._process.terminate()
+        self._process.join()
+
+    @contextlib.contextmanager
+    def counting(self, latency: float) -> Iterator[Callable[[], tuple[int, int]]]:
+        self.latency.value, self.counts[:] = latency, [0, 0]
+        yield lambda: (self.counts[0], self.counts[1])
+
+
+def relay(port: int, latency, counts, pipe) -> None:
+    async def passing(reader, writer) -> None:
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", port)
+        silent = True    # nothing has come from the client since the last answer
+
+        async def requests() -> None:
+            nonlocal silent
+            while data := await reader.read(1 << 16):
+                if silent:
+                    silent = False
+                    counts[0] += 1
+                    if latency.value:
+                        await asyncio.sleep(latency.value)
+                counts[1] += len(data)
+                up_writer.write(data)
+            up_writer.close()
+
+        async def answers() -> None:
+            nonlocal silent
+            while data := await up_reader.read(1 << 16):
+                silent = True
+                counts[1] += len(data)
+                writer.write(data)
+                await writer.drain()
+            writer.close()
+
+        await asyncio.gather(requests(), answers(), return_exceptions=True)
+        up_writer.close()
+        writer.close()
+
+    async def serve() -> None:
+        server = await asyncio.start_server(passing, "127.0.0.1", 0)
+        pipe.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(serve())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Measuring processes
+# ------------------------------------------------------------------------------------------------------------------
+
+# A process starts with the memory of the one that starts it on its account (ru_maxrss survives fork and exec), so
+# they are started by a small one, which measures nearest to them too.
+RUNNER = '''
+import json, os, sys, time
+for line in sys.stdin:
+    argv, environment, out, err = json.loads(line)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_OPEN, 1, out, flags, 0o600), (os.POSIX_SPAWN_OPEN, 2, err, flags, 0o600)]
+    began = time.perf_counter()
+    pid = os.posix_spawn(argv[0], argv, environment, file_actions=files)
+    _, status, usage = os.wait4(pid, 0)
+    print(json.dumps([time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]), flush=True)
+'''
+
+
+class Sample(NamedTuple):
+    seconds: float
+    cpu: float          # seconds, user and system
+    peak: float         # MB
+    out: str
+
+
+class Runner:
+    """Runs processes one after the other and tells what each took."""
+
+    def __init__(self, folder: pathlib.Path, python: str):
+        self.folder, self.python = folder, python
+        self.environment = {name: value for name, value in os.environ.items() if name.upper() not in OURS} | {"HOME": str(folder), "COLUMNS": "80"}
+
+    def __enter__(self):
+        self._process = subprocess.Popen([sys.executable, "-I", "-S", "-c", RUNNER], cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_):
+        self._process.stdin.close()
+        self._process.wait()
+
+    def __call__(self, *arguments, expected: int = 0) -> Sample:
+        """Run the contenders' Python with these arguments."""
+        out, err = self.folder / "out", self.folder / "err"
+        self._process.stdin.write(json.dumps([[self.python, *map(str, arguments)], self.environment, str(out), str(err)]) + "\n")
+        self._process.stdin.flush()
+        seconds, cpu, peak, status = json.loads(self._process.stdout.readline())
+        if status != expected:
+            raise SystemExit(f"{arguments} ended with {status}:\n{err.read_text()[-3000:]}")
+        return Sample(seconds, cpu, peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), out.read_text())
+
+
+def alternate(rounds: int, contenders: dict[str, Callable[[], Sample]]) -> dict[str, list[Sample]]:
+    """Each contender once a round, every other round in reverse; an unmeasured round first, for the caches."""
+    samples: dict[str, list[Sample]] = {name: [] for name in contenders}
+    for count in range(rounds + 1):
+        for name in list(contenders)[::1 if count % 2 else -1]:
+            sample = contenders[name]()
+            if count:
+                samples[name].append(sample)
+    return samples
+
+
+def median(samples: list[Sample], field: str = "seconds") -> float:
+    return statistics.median(getattr(sample, field) for sample in samples)
+
+
+def ratio(above: Iterable[float], below: Iterable[float]) -> float:
+    return statistics.median(a / b if b else math.inf for a, b in zip(above, below))
+
+
+def table(heads: list[str], rows: Iterable[Iterable]) -> str:
+    lines = [heads, ["---"] + ["--:"] * (len(heads) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def contents(db: pathlib.Path) -> list[tuple]:
+    with contextlib.closing(sqlite3.connect(db)) as conn:
+        return [*conn.execute("SELECT accession, patient_id, age, height, weight, sex, study_date FROM studies ORDER BY 1"),
+                *conn.execute("SELECT * FROM series ORDER BY 1")]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The sections
+# ------------------------------------------------------------------------------------------------------------------
+
+class Bench(NamedTuple):
+    arguments: argparse.Namespace
+    server: object
+    relay: Relay
+    run: Runner
+    folder: pathlib.Path
+
+    def say(self, text: str) -> None:
+        print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+    def program(self, url: str, month: str, jobs: int = 4, db: str = "ours.db", anew: bool = True) -> Sample:
+        path = self.folder / db
+        if anew:
+            path.unlink(missing_ok=True)
+        return self.run(PROGRAM, "--url", url, "--db", path, "--jobs", jobs, month)
+
+    def walk(self, url: str, month: str) -> Sample:
+        path = self.folder / "walk.db"
+        path.unlink(missing_ok=True)
+        return self.run("-c", WALK, url, path, f"{month}01-{month}31")
+
+    def limit(self, url: str, month: str) -> Sample:
+        return self.run("-c", LIMIT, url, limit_body(month))
+
+    def start(self) -> Sample:
+        return self.run("-c", START, PROGRAM)
+
+
+def section_start(bench: Bench) -> str:
+    def ours(*arguments, **options):
+        return lambda: bench.run(PROGRAM, *arguments, **options)
+    bare = "`python -c 'import argparse, sqlite3'`"
+    samples = alternate(3 * bench.arguments.rounds, {
+        "`python -c pass`": lambda: bench.run("-c", "pass"),
+        bare: lambda: bench.run("-c", "import argparse, sqlite3"),
+        "compiling `store_study_info.py`, nothing else": lambda: bench.run("-c", "import sys; compile(open(sys.argv[1]).read(), 'it', 'exec')", PROGRAM),
+        "`--version`": ours("--version"),
+        "`--help`": ours("--help"),
+        "a usage error": ours("E*", expected=2),
+        "everything imported, nothing asked": bench.start,
+    })
+    rows = ((name, f"{1000 * median(found):.0f}", f"{1000 * median(found, 'cpu'):.0f}",
+             f"{ratio((one.seconds for one in found), (one.seconds for one in samples[bare])):.1f}", f"{median(found, 'peak'):.0f}")
+            for name, found in samples.items())
+    return "### Start-up\n\n" + table(["process", "ms", "CPU ms", "× bare", "peak MB"], rows)
+
+
+def section_month(bench: Bench, month: str = MONTH, title: str = "A month") -> str:
+    count = bench.arguments.studies if month == MONTH else bench.arguments.large
+    size = f"{count} studies × {bench.arguments.series} series × {bench.arguments.instances} instances"
+    bench.program(bench.server.url, month), bench.walk(bench.server.url, month)
+    ours, walked = contents(bench.folder / "ours.db"), contents(bench.folder / "walk.db")
+    if ours != walked or len(ours) != count * (bench.arguments.series + 1):
+        raise SystemExit(f"the program stored {len(ours)} rows, the walk {len(walked)}, and they are not the same")
+
+    def contenders(url: str) -> dict[str, Callable[[], Sample]]:
+        return {"`--jobs 4`": lambda: bench.program(url, month), "`--jobs 1`": lambda: bench.program(url, month, 1),
+                "again, all stored": lambda: bench.program(url, month, db="stored.db", anew=False),
+                "walk": lambda: bench.walk(url, month), "limit": lambda: bench.limit(url, month), "start": bench.start}
+
+    bench.program(bench.server.url, month, db="stored.db")
+    wire = {}
+    for name, run in contenders(bench.relay.url).items():
+        with bench.relay.counting(0) as counts:
+            run()
+            wire[name] = counts()
+    rows = []
+    for latency in bench.arguments.latency:
+        bench.say(f"{title}: {size}, latency {latency:g} ms")
+        with bench.relay.counting(latency / 1000):
+            samples = alternate(bench.arguments.rounds, contenders(bench.relay.url if latency else bench.server.url))
+        limits = [float(sample.out) for sample in samples["limit"]] if tells_values(bench, month) else []
+        starts, walks = ([sample.seconds for sample in samples[name]] for name in ("start", "walk"))
+        for name in ("`--jobs 4`", "`--jobs 1`", "again, all stored", "walk"):
+            times = [sample.seconds for sample in samples[name]]
+            requests, size_on_wire = wire[name]
+            rows.append((name, f"{latency:g}", f"{median(samples[name]):.2f}", f"{median(samples[name], 'cpu'):.2f}", f"{ratio(walks, times):.1f}",
+                         f"{ratio((time - start for time, start in zip(times, starts)), limits):.1f}" if limits else "", requests, f"{size_on_wire / 1e6:.2f}", f"{median(samples[name], 'peak'):.0f}"))
+        if limits:
+            rows.append(("limit, on an open connection", f"{latency:g}", f"{statistics.median(limits):.2f}", "", "", "1.0", 1, f"{wire['limit'][1] / 1e6:.2f}", ""))
+        rows.append(("interpreter and imports alone", f"{latency:g}", f"{median(samples['start']):.2f}", f"{median(samples['start'], 'cpu'):.2f}", "", "", 0, "0.00",
+                     f"{median(samples['start'], 'peak'):.0f}"))
+    heads = ["run", "latency ms", "s", "CPU s", "faster than walk", "start-up taken off, × limit", "requests", "MB", "peak MB"]
+    return f"### {title}: {size}\n\n" + table(heads, rows)
+
+
+def tells_values(bench: Bench, month: str) -> bool:
+    """Whether the server answers with the values at all: older ones ignore RequestedTags, and one request is no limit of theirs."""
+    return '"0018,1316"' in bench.server.client.post("/tools/find", content=limit_body(month)).text
+
+
+def section_large(bench: Bench) -> str:
+    return section_month(bench, LARGE, "A large month")
+
+
+def section_growth(bench: Bench) -> str:
+    rows = []
+    counts = growth_counts(bench.arguments)
+    bench.say("growth")
+    samples = alternate(bench.arguments.rounds, {"start": bench.start} | {
+        str(count): lambda month=GROWTH[count]: bench.program(bench.server.url, month) for count in counts})
+    starts = [sample.seconds for sample in samples["start"]]
+    for count in counts:
+        found = samples[str(count)]
+        each = statistics.median(1000 * (sample.seconds - start) / count for sample, start in zip(found, starts))
+        above = median(found, "peak") - median(samples["start"], "peak")
+        with bench.relay.counting(0) as wire:
+            bench.program(bench.relay.url, GROWTH[count])
+            requests, size = wire()
+        rows.append((count, f"{median(found):.2f}", f"{each:.1f}", f"{requests / count:.2f}", f"{size / count:.0f}", f"{median(found, 'peak'):.1f}", f"{above:.1f}"))
+    heads = ["studies", "s", "ms a study, start-up taken off", "requests a study", "bytes a study", "peak MB", "above imports alone, MB"]
+    return "### Growth: studies of one small series each\n\n" + table(heads, rows)
+
+
+def growth_counts(arguments: argparse.Namespace) -> list[int]:
+    return [count for count in GROWTH if count <= arguments.growth]
+
+
+def fill_database(path: pathlib.Path, count: int) -> None:
+    """`count` series in studies of ten each, all under other accessions than those of the server."""
+    import store_study_info as program
+    program.open_database(str(path)).close()
+    with contextlib.closing(sqlite3.connect(path)) as conn:
+        conn.execute("PRAGMA journal_mode = OFF")
+        conn.execute("PRAGMA synchronous = OFF")
+        conn.executemany(f"INSERT INTO studies VALUES ({', '.join('?' * len(program.STUDY_FIELDS))})", (
+            (f"EB{one:07d}", f"P{one}", one % 90, 1.75, 70.5, "F", "W", "HEAD", "Prisma", f"2014{1 + one % 12:02d}{1 + one % 28:02d}", "Head") for one in range(count // 10)))
+        # Keys in no order, as the UIDs of a scanner's series are in none.
+        conn.executemany(f"INSERT INTO series VALUES ({', '.join('?' * len(program.SERIES_FIELDS))})", (
+            (f"1.3.12.2.1107.5.2.{one * 2654435761 % 4294967296:010d}.{one}", f"EB{one // 10:07d}", 0.1, 60, one % 10, "series", "tfl", "*tfl3d1") for one in range(count // 10 * 10)))
+        conn.commit()
+
+
+def section_database(bench: Bench) -> str:
+    few, many = growth_counts(bench.arguments)[-2:]
+    bench.say(f"database: {bench.arguments.stored} series")
+    fill_database(bench.folder / "full.db", bench.arguments.stored)
+    for db in ("empty.db", "full.db"):
+        bench.program(bench.server.url, GROWTH[many], db=db, anew=False)
+
+    def storing(db: str) -> Callable[[], Sample]:
+        def run() -> Sample:
+            with contextlib.closing(sqlite3.connect(bench.folder / db)) as conn:
+                for one in ("series", "studies"):
+                    conn.execute(f"DELETE FROM {one} WHERE accession BETWEEN ? AND ?", (f"E{GROWTH[few]}", f"E{GROWTH[few]}~"))
+                conn.commit()
+            return bench.program(bench.server.url, GROWTH[few], db=db, anew=False)
+        return run
+
+    def skipping(db: str) -> Callable[[], Sample]:
+        return lambda: bench.program(bench.server.url, GROWTH[many], db=db, anew=False)
+
+    samples = alternate(2 * bench.arguments.rounds, {(what, db): make(db) for what, make in (("store", storing), ("skip", skipping)) for db in ("empty.db", "full.db")})
+    size = (bench.folder / "full.db").stat().st_size / 1e6
+    rows = []
+    for what, text in (("store", f"storing {few} studies"), ("skip", f"skipping {many} stored studies")):
+        empty, full = samples[what, "empty.db"], samples[what, "full.db"]
+        rows.append((text, f"{median(empty):.2f}", f"{median(full):.2f}", f"{ratio((one.seconds for one in full), (one.seconds for one in empty)):.2f}",
+                     f"{median(empty, 'peak'):.0f}", f"{median(full, 'peak'):.0f}"))
+    heads = ["run", f"s, {many} studies stored", f"s, {bench.arguments.stored} series more", "ratio", "peak MB", "peak MB, full"]
+    return f"### Database: beside {bench.arguments.stored} stored series ({size:.0f} MB)\n\n" + table(heads, rows)
+
+
+SECTIONS = {"start": section_start, "month": section_month, "large": section_large, "growth": section_growth, "database": section_database}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------------------
+
+def machine(bench: Bench) -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+    tell = "import platform, sys; from importlib import metadata; print(platform.python_version(), *(f'{name} {metadata.version(name)}' for name in sys.argv[1:]), sep=', ')"
+    python = bench.run("-c", tell, "pyorthanc", "pydicom", "httpx").out.strip()
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        python += f", numpy {metadata.version('numpy')}" if bench.run.python == sys.executable else ""
+    return (f"Orthanc {bench.server.version}; Python {python}; {cores} cores, {memory:.0f} GB memory, {platform.system()} {platform.machine()}, "
+            f"load {os.getloadavg()[0]:.1f}; medians of {bench.arguments.rounds} rounds\n")
+
+
+def fill(bench: Bench) -> None:
+    arguments, heavy = bench.arguments, headers_of(bench.arguments.header, bench.arguments.rows)
+    if "month" in arguments.sections:
+        bench.say("%d files, %d bytes for the month" % upload(bench.server, month_files(MONTH, arguments.studies, arguments.series, arguments.instances, heavy)))
+    if "large" in arguments.sections:
+        bench.say("%d files, %d bytes for the large month" % upload(bench.server, month_files(LARGE, arguments.large, arguments.series, arguments.instances, heavy)))
+    if {"growth", "database"} & set(arguments.sections):
+        for count in growth_counts(arguments):
+            bench.say("%d files, %d bytes for growth" % upload(bench.server, month_files(GROWTH[count], count, 1, 1, headers_of(0, 0))))
+    bench.server.settle(120)
+
+
+def options(argv=None) -> argparse.Namespace:
+    from orthanc import commands
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--orthanc", metavar="COMMAND", default=next(iter(commands()), None), help="how to start Orthanc (default: %(default)s)")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of the measured processes (default: this one)")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="which of %(default)s")
+    parser.add_argument("--quick", action="store_true", help="few rounds, small sizes: to see that it works")
+    for name, default, what in (("studies", 30, "studies of the month"), ("large", 120, "studies of the large month"), ("series", 10, "series of a study"),
+                                ("instances", 3, "instances of a series"), ("rows", 192, "rows and columns of an image, 0 for none"),
+                                ("header", 100, "kB of private headers in a file"), ("growth", 1000, "studies of the last step of growth"),
+                                ("stored", 1_000_000, "series stored beforehand"), ("rounds", 5, "measured rounds")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default {default})")
+        parser.set_defaults(**{name: default})
+    parser.add_argument("--latency", default="0,5", help="added to each request, ms; 0 is without the relay (default %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        for name, small in (("studies", 6), ("large", 12), ("growth", 100), ("stored", 20_000), ("rounds", 1)):
+            setattr(arguments, name, min(getattr(arguments, name), small))
+    arguments.sections = [name for name in SECTIONS if name in arguments.sections.split(",")]
+    arguments.latency = [float(text) for text in arguments.latency.split(",")]
+    if not arguments.orthanc:
+        parser.error("no Orthanc was found: install one, or name one with --orthanc")
+    if not arguments.sections:
+        parser.error(f"--sections takes {', '.join(SECTIONS)}")
+    return arguments
+
+
+def main(argv=None) -> None:
+    arguments = options(argv)
+    from orthanc import Orthanc
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name, Orthanc(arguments.orthanc) as server, \
+            Relay(int(server.url.rpartition(":")[2])) as relaying, Runner(pathlib.Path(name), arguments.python) as run:
+        bench = Bench(arguments, server, relaying, run, pathlib.Path(name))
+        fill(bench)
+        print(machine(bench))
+        for section in arguments.sections:
+            print(SECTIONS[section](bench), flush=True)
+
+
+if __name__ == "__main__":
+    main()

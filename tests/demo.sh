@@ -1,0 +1,4 @@
+#!/bin/sh
+# Shows the program at work on a throw-away Orthanc: sh tests/demo.sh [--keep FILE]
+. "$(dirname "$0")/setup.sh"
+exec "$PYTHON" "$here/demo.py" "$@"

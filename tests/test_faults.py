@@ -1,0 +1,777 @@
+"""Whatever a server or a network does: an exit status, a sentence, no traceback, whole studies, and the next run completes."""
+import contextlib
+import datetime
+import email.utils
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from pydicom.uid import ImplicitVRLittleEndian
+
+import dicom_files
+import store_study_info as program
+from conftest import PROGRAM, Home, Ran
+from endpoint import FAULTS, Answer, Endpoint, Proxy, Request
+from orthanc import free_port
+from stand_in import StandIn
+
+for code in (401, 403):
+    FAULTS.setdefault(f"status {code}", lambda handler, answer, code=code: handler.send(Answer(code, b"")))
+
+Server = program.Server
+CURABLE = {"status 429", "status 502", "status 503", "status 504", "reset", "close", "cut", "no http"}
+TIMEOUTS = {"hang", "slow"}
+DENIED = {"status 401", "status 403"}
+GENERATIONS = pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+
+
+def examined(accession: str, date: str) -> list[bytes]:
+    """A study whose series need every kind of request: plain, a hidden private tag, a first instance without SAR."""
+    return [dicom_files.instance(accession, series=1, StudyDate=date),
+            dicom_files.instance(accession, series=2, StudyDate=date, syntax=ImplicitVRLittleEndian),
+            dicom_files.instance(accession, series=3, number=1, StudyDate=date, sar=None, ta=None),
+            dicom_files.instance(accession, series=3, number=2, StudyDate=date)]
+
+
+MONTH = ["E1", "E2", "E3"]
+NAMED = "E9"
+TOKENS = ["202404", NAMED]
+FILES = [data for day, accession in enumerate(MONTH, 1) for data in examined(accession, f"202404{day:02}")] + examined(NAMED, "20240509")
+
+
+def whole(accession: str, series: int = 3) -> set:
+    """What must be stored of an accession: (series_uid, sar, duration)."""
+    return {(dicom_files.uid(accession, one), 0.5, 60) for one in range(1, series + 1)}
+
+
+def stored(home: Home) -> dict[str, set]:
+    """{accession: {(series_uid, sar, duration)}}, once the database is sound."""
+    if not home.db.exists():
+        return {}
+    with contextlib.closing(sqlite3.connect(home.db)) as conn:
+        assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        found = {accession: set() for (accession,) in conn.execute("SELECT accession FROM studies")}
+        for accession, *rest in conn.execute("SELECT accession, series_uid, sar, duration FROM series"):
+            found[accession].add(tuple(rest))
+    return found
+
+
+@pytest.fixture
+def here(home, monkeypatch, capfd):
+    """here(*arguments, url=…): the program's main() in this process, without waits between tries, one study after the other."""
+    monkeypatch.chdir(home.folder)
+    for name in list(os.environ):
+        if name.upper() in ("STUDY_INFO_DB", "ORTHANC_URL", "NETRC", "SSL_CERT_FILE"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home.folder))
+    monkeypatch.setattr(program, "FIRST_WAIT", 0)
+
+    def run(*arguments, url, jobs=1) -> Ran:
+        capfd.readouterr()
+        try:
+            status = program.main(["--jobs", str(jobs), "--url", url, *map(str, arguments)])
+        except SystemExit as ended:
+            status = ended.code
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return Ran(status, out, err)
+    return run
+
+
+def same(request: Request, target: Request) -> bool:
+    return request[:3] == target[:3]
+
+
+def impatient(target: Request, fault: str):
+    """A Server that waits briefly for the one request that gets no answer and long for all others, so that a busy machine does no harm."""
+    class Impatient(Server):
+        def ask(self, method, path, body=None, *rest, **more):
+            doomed = (method, path) == target[:2] and (body is None or body == json.loads(target.body))
+            self.timeout = 0.05 if doomed and fault in TIMEOUTS else 60
+            self.client.timeout = httpx.Timeout(self.timeout)
+            return super().ask(method, path, body, *rest, **more)
+    return Impatient
+
+
+def first_middle_last(requests: list[Request]) -> list[tuple[str, Request]]:
+    """Of each kind of request three: (kind, request)."""
+    kinds: dict[str, list[Request]] = {}
+    for request in requests:
+        kinds.setdefault(request.kind, []).append(request)
+    return [(kind, made[place]) for kind, made in kinds.items() for place in sorted({0, len(made) // 2, len(made) - 1})]
+
+
+def fail_always(target: Request, kind: str):
+    return lambda count, request: kind if same(request, target) else None
+
+
+def errors(ran: Ran) -> list[str]:
+    return [line for line in ran.err.splitlines() if " ERROR " in line]
+
+
+# -- every fault at every call ---------------------------------------------------------------------------------------
+
+# A 404 of `content` says that there is no such element, and its bytes may be anything: no fault that could be told from an answer.
+NO_FAULT = {("status 404", "content"), ("half json", "content"), ("empty", "content")}
+
+
+def missing_after(kind: str, target: Request) -> list[set]:
+    """Which accessions may be missing when a request of this kind never gets its answer."""
+    if kind == "system":
+        return [{*MONTH, NAMED}]
+    if kind in ("find study", "statistics"):
+        named = {accession for accession in (*MONTH, NAMED) if f'"{accession}"'.encode() in target.body}
+        return [named or set(MONTH)]
+    return [{accession} for accession in (*MONTH, NAMED)]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["new", "old"])
+def server(request):
+    with StandIn(*FILES, old=request.param) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def calls(server, tmp_path_factory, warm):
+    """Each call of a run without faults, three of each kind."""
+    home = Home(tmp_path_factory.mktemp("clean"), warm)
+    server.misbehave = None
+    server.forget()
+    assert home.run("--jobs", 1, *TOKENS, url=server.url).status == 0
+    assert stored(home) == {accession: whole(accession) for accession in (*MONTH, NAMED)}
+    kinds = {"system", "find study", "tags", "content"} | ({"statistics", "series"} if server.old else {"find series", "find instance"})
+    assert set(server.kinds) == kinds
+    return first_middle_last(list(server.requests))
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_a_fault_at_any_call_is_a_sentence_and_the_next_run_completes(home, here, server, calls, monkeypatch, fault):
+    for kind, target in calls:
+        if (fault, kind) in NO_FAULT:
+            continue
+        what = f"{fault} at {kind} {target.path} {target.body!r}"
+        home.db.unlink(missing_ok=True)
+        monkeypatch.setattr(program, "Server", impatient(target, fault))
+        server.forget()
+        server.misbehave = fail_always(target, fault)
+        ran = here(*TOKENS, url=server.url)
+        server.misbehave = None
+        found = stored(home)
+        assert ran.status == 1, what
+        assert len(errors(ran)) == 1, (what, ran.err)
+        assert "HTTP" in ran.err or "answer" in ran.err or "redirect" in ran.err, (what, ran.err)
+        assert all(series == whole(accession) for accession, series in found.items()), what
+        assert set(ran.printed) == set(found) & set(MONTH), what
+        tried = sum(same(request, target) for request in server.requests)
+        if fault in DENIED:
+            assert tried == 1 and same(server.requests[-1], target), what
+        else:
+            assert {*MONTH, NAMED} - set(found) in missing_after(kind, target), what
+            assert 3 <= tried <= 8 if fault in CURABLE else tried == (2 if fault in TIMEOUTS else 1), what
+        assert here(*TOKENS, url=server.url).status == 0, what
+        assert stored(home) == {accession: whole(accession) for accession in (*MONTH, NAMED)}, what
+
+
+@pytest.mark.parametrize("fault", sorted(CURABLE | TIMEOUTS))
+def test_a_fault_that_passes_is_cured_by_repeating(home, here, server, calls, monkeypatch, fault):
+    for kind, target in calls:
+        home.db.unlink(missing_ok=True)
+        monkeypatch.setattr(program, "Server", impatient(target, fault))
+        failed = []
+
+        def once(count, request):
+            if same(request, target) and not failed:
+                failed.append(request)
+                return fault
+        server.misbehave = once
+        ran = here(*TOKENS, url=server.url)
+        server.misbehave = None
+        assert failed and ran.status == 0, (kind, ran.err)
+        assert stored(home) == {accession: whole(accession) for accession in (*MONTH, NAMED)}, kind
+
+
+@GENERATIONS
+@pytest.mark.parametrize("fault", ["status 500", "html", "half json", "redirect"])
+def test_the_same_holds_for_the_whole_process(home, old, fault):
+    with StandIn(*FILES, old=old) as server:
+        server.misbehave = lambda count, request: fault if request.kind == "tags" and second_instance(server, "E2") in request.path else None
+        ran = home.run(*TOKENS, url=server.url)
+        assert ran.status == 1
+        assert [line for line in ran.err.splitlines() if " ERROR E2: " in line] == errors(ran) != []
+        assert stored(home) == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
+        server.misbehave = None
+        assert home.run(*TOKENS, url=server.url).status == 0
+        assert set(stored(home)) == {*MONTH, NAMED}
+
+
+def second_instance(server: StandIn, accession: str) -> str:
+    """Of the instance of series 3 whose header is read: the second one received."""
+    return server.find_id("Instance", SOPInstanceUID=dicom_files.uid(accession, 3, 2))
+
+
+# -- before a real server --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def real(servers):
+    """A real server with the same files, and nothing else."""
+    server = servers(Name="faults")
+    server.upload(*FILES)
+    return server.settle()
+
+
+@pytest.mark.parametrize("fault", ["status 503", "status 500", "reset", "cut", "html", "half json", "hang"])
+def test_faults_before_a_real_server_end_alike(home, here, real, monkeypatch, fault):
+    with Proxy(real.url) as proxy:
+        assert here(*TOKENS, url=proxy.url).status == 0
+        for kind, target in first_middle_last(list(proxy.requests))[1::3]:
+            if (fault, kind) in NO_FAULT:
+                continue
+            home.db.unlink()
+            monkeypatch.setattr(program, "Server", impatient(target, fault))
+            proxy.misbehave = fail_always(target, fault)
+            ran = here(*TOKENS, url=proxy.url)
+            proxy.misbehave = None
+            assert ran.status == 1 and len(errors(ran)) == 1, (kind, ran.err)
+            assert all(series == whole(accession) for accession, series in stored(home).items())
+            assert here(*TOKENS, url=proxy.url).status == 0
+            assert stored(home) == {accession: whole(accession) for accession in (*MONTH, NAMED)}
+
+
+# -- repeating --------------------------------------------------------------------------------------------------------
+
+TWENTY = [f"E{number}" for number in range(20)]
+TWENTY_FILES = [data for day, accession in enumerate(TWENTY, 1) for data in dicom_files.study(accession, series=2, instances=1, StudyDate=f"202406{day:02}")]
+
+
+def one_in_five(count, request):
+    return ["status 503", "status 502", "status 429", "reset", "cut"][count // 5 % 5] if count % 5 == 0 else None
+
+
+@GENERATIONS
+def test_a_month_is_stored_whole_although_one_answer_in_five_fails(home, here, old):
+    with StandIn(*TWENTY_FILES, old=old) as server:
+        server.misbehave = one_in_five
+        ran = here("202406", url=server.url, jobs=4)
+    assert (ran.status, ran.printed) == (0, TWENTY)
+    assert stored(home) == {accession: whole(accession, 2) for accession in TWENTY}
+
+
+def test_a_month_is_stored_whole_with_the_waits_that_users_have(home):
+    with StandIn(*TWENTY_FILES) as server:
+        server.misbehave = one_in_five
+        ran = home.run("202406", url=server.url)
+    assert (ran.status, ran.printed) == (0, TWENTY)
+    assert stored(home) == {accession: whole(accession, 2) for accession in TWENTY}
+
+
+class Clock:
+    """Stands in for the program's module `time`: waits are noted, not waited."""
+
+    def __init__(self):
+        self.waits = []
+
+    monotonic, time = staticmethod(time.monotonic), staticmethod(time.time)
+
+    def sleep(self, seconds):
+        self.waits.append(seconds)
+
+
+def refuse(status, **headers):
+    return lambda answer: Answer(status, b"", headers=tuple((name.replace("_", "-"), value) for name, value in headers.items()))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(program, "time", clock)
+    return clock
+
+
+def test_waits_grow_with_jitter_and_are_bounded(home, here, clock, monkeypatch):
+    monkeypatch.setattr(program, "FIRST_WAIT", 0.25)
+    with StandIn(*FILES) as server:
+        server.misbehave = lambda count, request: "status 503" if request.kind == "find series" else None
+        ran = here("-v", "E1", "E2", url=server.url)
+    assert ran.status == 1
+    first, second = clock.waits[:len(clock.waits) // 2], clock.waits[len(clock.waits) // 2:]
+    assert len(first) == len(second) > 2
+    assert all(later > earlier for earlier, later in zip(first, first[1:]))
+    assert first != second
+    assert sum(first) <= program.LONGEST_WAIT
+    assert ran.err.count("next try in") == len(clock.waits)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("header, low, high", [("7", 7, 7), ("0", 0, 0), (None, 20, 31), ("soon", 0, 1)], ids=["seconds", "none", "a-date", "nonsense"])
+def test_retry_after_is_respected(home, here, clock, status, header, low, high):
+    header = header or email.utils.format_datetime(datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=30), usegmt=True)
+    told = []
+
+    def once(count, request):
+        if request.kind == "find series" and not told:
+            told.append(request)
+            return refuse(status, Retry_After=header)
+    with StandIn(*FILES) as server:
+        server.misbehave = once
+        assert here("E1", url=server.url).status == 0
+    (wait,) = clock.waits
+    assert low <= wait <= high
+
+
+@pytest.mark.parametrize("header", ["3600", "999999999", "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_long_retry_after_is_not_waited_for_but_said(home, here, clock, header):
+    with StandIn(*FILES) as server:
+        server.misbehave = lambda count, request: refuse(503, Retry_After=header) if request.kind == "find series" else None
+        ran = here("E1", url=server.url)
+    assert ran.status == 1
+    assert clock.waits == []
+    assert "asks to wait" in ran.err
+
+
+def test_a_repeated_short_retry_after_is_bounded_too(home, here, clock):
+    with StandIn(*FILES) as server:
+        server.misbehave = lambda count, request: refuse(503, Retry_After="25") if request.kind == "find series" else None
+        assert here("E1", url=server.url).status == 1
+    assert 0 < sum(clock.waits) <= program.LONGEST_WAIT
+
+
+# -- no server, no access ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tokens", [["202404"], ["E1", "E2", "E3"], ["202404", "E1", "E2"], ["202401-202412"]], ids=" ".join)
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_a_server_that_is_not_there_ends_the_run_with_one_sentence(home, here, tokens, jobs):
+    ran = here(*tokens, url=f"http://127.0.0.1:{free_port()}", jobs=jobs)
+    assert ran.status == 1
+    (sentence,) = errors(ran)
+    assert "cannot be reached" in sentence and "--url" in sentence
+    assert not home.db.exists()
+
+
+def test_a_host_that_has_no_address_ends_the_run_with_one_sentence(home, here):
+    ran = here("E1", "E2", url="http://no-such-host.invalid:8042")
+    assert ran.status == 1
+    (sentence,) = errors(ran)
+    assert "no-such-host.invalid" in sentence
+
+
+@GENERATIONS
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_a_server_that_goes_away_ends_the_run_with_what_is_stored(home, here, old, jobs):
+    server = StandIn(*TWENTY_FILES, old=old)
+    with server:
+        gone = {"count": 0}
+
+        def leave(count, request):
+            if request.kind == ("series" if old else "find series"):
+                gone["count"] += 1
+                if gone["count"] == 5:
+                    server.listener.socket.close()
+            return "reset" if gone["count"] >= 5 else None
+        server.misbehave = leave
+        ran = here("202406", url=server.url, jobs=jobs)
+    assert ran.status == 1
+    assert 1 <= len([line for line in errors(ran) if "cannot be reached" in line]) <= len(errors(ran)) <= 1 + jobs    # those under way
+    assert "not reached" in ran.err
+    assert all(series == whole(accession, 2) for accession, series in stored(home).items())
+    assert ran.printed == [accession for accession in TWENTY if accession in stored(home)]
+
+
+PASSWORD = "pass-word-7788"
+
+
+def write_netrc(home, host="127.0.0.1", mode=0o600):
+    path = home.folder / "keys"
+    path.write_text(f"machine {host} login someone password {PASSWORD}\n")
+    path.chmod(mode)
+    return path
+
+
+@GENERATIONS
+@pytest.mark.parametrize("kind", ["system", "find study", "tags"])
+@pytest.mark.parametrize("status", [401, 403])
+def test_denied_access_ends_the_run_at_once_naming_netrc_and_host(home, here, old, kind, status):
+    path = write_netrc(home)
+    with StandIn(*FILES, old=old) as server:
+        server.misbehave = lambda count, request: refuse(status, WWW_Authenticate='Basic realm="Orthanc"') if request.kind == kind else None
+        ran = here("-v", "--netrc", path, *TOKENS, url=server.url)
+        assert server.kinds.count(kind) == 1 and server.kinds[-1] == kind
+    assert ran.status == 1
+    (sentence,) = errors(ran)
+    assert str(path) in sentence and "127.0.0.1" in sentence and str(status) in sentence
+    assert PASSWORD not in ran.err + ran.out and "someone" not in ran.err + ran.out
+    assert all(series == whole(accession) for accession, series in stored(home).items())
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_denied_access_in_mid_run_leaves_what_is_stored_and_asks_no_more(home, here, jobs):
+    def late(answer):
+        time.sleep(0.5)    # meanwhile the other threads meet the denial
+        return answer
+
+    with StandIn(*TWENTY_FILES) as server:
+        faults = {b'"E0"': late, b'"E4"': "status 401"}
+        server.misbehave = lambda count, request: next((faults[name] for name in faults if name in request.body), None) if request.kind == "find series" else None
+        ran = here("202406", url=server.url, jobs=jobs)
+        asked = server.kinds.count("find series")
+    assert ran.status == 1
+    (sentence,) = errors(ran)
+    assert "netrc" in sentence
+    assert ran.printed == ["E0", "E1", "E2", "E3"] == sorted(stored(home))
+    assert asked == 5 if jobs == 1 else asked <= 5 + jobs
+
+
+def test_credentials_of_another_host_are_not_sent(home, here):
+    path = write_netrc(home, host="pacs.example.org")
+    with StandIn(*FILES) as server:
+        assert here("--netrc", path, "E1", url=server.url).status == 0
+        assert not any(name.lower() == "authorization" for request in server.requests for name in request.headers)
+
+
+class Elsewhere(Endpoint):
+    def answer(self, request):
+        return Answer(200, b"[]")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("kind", ["system", "find study", "find series"])
+def test_redirects_are_never_followed(home, here, status, kind):
+    path = write_netrc(home)
+    with StandIn(*FILES) as server, Elsewhere() as other:
+        server.misbehave = lambda count, request: refuse(status, Location=other.url + "/system") if request.kind == kind else None
+        ran = here("--netrc", path, "E1", url=server.url)
+        assert other.requests == []
+    assert ran.status == 1
+    assert "redirect" in ran.err and PASSWORD not in ran.err
+
+
+@pytest.mark.parametrize("mode, warned", [(0o600, False), (0o400, False), (0o644, True), (0o640, True), (0o604, True)], ids=oct)
+def test_a_netrc_that_others_can_read_is_warned_of(home, here, mode, warned):
+    path = write_netrc(home, mode=mode)
+    with StandIn(*FILES) as server:
+        ran = here("-q", "--netrc", path, "E1", url=server.url)
+    assert ran.status == 0
+    assert ("chmod 600" in ran.err and str(path) in ran.err) == warned
+    assert bool(ran.err) == warned
+    assert PASSWORD not in ran.err
+
+
+@pytest.mark.parametrize("url", ["http://someone:{}@127.0.0.1:1", "http://:{}@127.0.0.1:1/x", "https://{}@127.0.0.1", "http:someone:{}@127.0.0.1", "someone:{}@127.0.0.1"])
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_a_url_with_a_password_is_refused_and_never_echoed(home, url, way):
+    url = url.format(PASSWORD)
+    ran = home.run("E1", url=url) if way == "option" else home.run("E1", env={"ORTHANC_URL": url})
+    assert ran.status == 2
+    assert len(ran.err.splitlines()) == 1
+    assert PASSWORD not in ran.err + ran.out and "someone" not in ran.err
+    assert not home.db.exists()
+
+
+def test_proxies_in_the_environment_are_not_used(home):
+    with StandIn(*FILES) as server, Elsewhere() as other:
+        proxies = {f"{name}_PROXY": other.url for name in ("HTTP", "HTTPS", "ALL")}
+        ran = home.run(*TOKENS, url=server.url, env=proxies | {name.lower(): url for name, url in proxies.items()})
+        assert other.requests == []
+    assert ran.status == 0
+
+
+# -- time-outs ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fault", sorted(TIMEOUTS))
+def test_an_answer_that_does_not_come_in_time_is_asked_for_once_more(home, fault):
+    with StandIn(*FILES) as server:
+        server.misbehave = lambda count, request: fault if request.kind == "find series" and b'"E2"' in request.body else None
+        ran = home.run("--timeout", "0.8", *MONTH, url=server.url)
+        assert sum(request.kind == "find series" and b'"E2"' in request.body for request in server.requests) == 2
+    assert ran.status == 1
+    (sentence,) = errors(ran)
+    assert " E2: " in sentence and "0.8 s" in sentence
+    assert sorted(stored(home)) == ["E1", "E3"]
+
+
+# -- answers that are not what was asked for -----------------------------------------------------------------------------
+
+def rewritten(change):
+    """A fault that changes the JSON of an answer."""
+    def fault(answer):
+        parsed = json.loads(answer.body)
+        return answer._replace(body=json.dumps(change(parsed) or parsed, indent=3, separators=(",", " : ")).encode())
+    return fault
+
+
+def each(records, change):
+    for record in records if isinstance(records, list) else [records]:
+        change(record)
+
+
+def without(*keys):
+    return rewritten(lambda records: each(records, lambda record: [record.pop(key, None) for key in keys] and None))
+
+
+def with_value(key, value):
+    return rewritten(lambda records: each(records, lambda record: record.__setitem__(key, value)))
+
+
+def with_tag(tag, value):
+    return rewritten(lambda records: each(records, lambda record: record["RequestedTags"].__setitem__(tag, value)))
+
+
+def series_of_e2(request: Request) -> bool:
+    return request.kind == "find series" and b'"E2"' in request.body
+
+
+WRONG = {
+    "a number": lambda answer: answer._replace(body=b"7"),
+    "null": lambda answer: answer._replace(body=b"null"),
+    "a list of numbers": lambda answer: answer._replace(body=b"[1, 2, 3]"),
+    "a list of lists": lambda answer: answer._replace(body=b"[[]]"),
+    "deeply nested": lambda answer: answer._replace(body=b"[" * 100000),
+    "no UTF-8": lambda answer: answer._replace(body=b"\xff\xfe" * 50),
+    "a huge number": lambda answer: answer._replace(body=b"[" + b"9" * 5000 + b"]"),
+    "NUL bytes": lambda answer: answer._replace(body=bytes(100)),
+    "without IDs": without("ID"),
+    "without stability": without("IsStable"),
+    "without parents": without("ParentStudy"),
+    "stability as text": with_value("IsStable", "true"),
+    "stability as a number": with_value("IsStable", 1),
+    "an ID that is a number": with_value("ID", 7),
+    "a parent that is a list": with_value("ParentStudy", ["x"]),
+    "tags as a list": with_value("RequestedTags", ["x"]),
+    "tags as text": with_value("RequestedTags", "x"),
+    "a tag that is a number": with_tag("0018,1316", 0.5),
+    "a tag that is true": with_tag("0008,103e", True),
+    "a tag that is an object": with_tag("0018,1316", {"Value": ["0.5"]}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda name: name.replace(" ", "-"))
+def test_an_answer_of_another_shape_fails_its_study_and_no_other(home, here, wrong):
+    with StandIn(*FILES) as server:
+        server.misbehave = lambda count, request: WRONG[wrong] if series_of_e2(request) else None
+        ran = here(*TOKENS, url=server.url)
+    assert ran.status == 1
+    (sentence,) = errors(ran)
+    assert " E2: " in sentence
+    assert stored(home) == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
+
+
+WRONG_LISTS = ["a number", "null", "a list of numbers", "deeply nested", "without IDs", "without stability", "stability as text", "tags as a list"]
+
+
+@pytest.mark.parametrize("wrong", WRONG_LISTS, ids=lambda name: name.replace(" ", "-"))
+def test_a_list_of_studies_of_another_shape_fails_its_date_and_no_other(home, here, wrong):
+    with StandIn(*FILES) as server:
+        server.misbehave = lambda count, request: WRONG[wrong] if request.kind == "find study" and b"20240401-" in request.body else None
+        ran = here(*TOKENS, "202405", url=server.url)
+    assert ran.status == 1
+    (sentence,) = errors(ran)
+    assert "20240401-20240430" in sentence
+    assert set(stored(home)) == {NAMED}
+
+
+@pytest.mark.parametrize("wrong", ["a number", "null", "deeply nested", "without IDs", "without parents", "stability as text", "an ID that is a number"],
+                         ids=lambda name: name.replace(" ", "-"))
+def test_a_list_of_series_of_another_shape_fails_its_study_on_older_servers(home, here, wrong):
+    with StandIn(*FILES, old=True) as server:
+        study = server.find_id("Study", AccessionNumber="E2")
+        server.misbehave = lambda count, request: WRONG[wrong] if request.kind == "series" and study in request.path else None
+        ran = here(*TOKENS, url=server.url)
+    assert ran.status == 1
+    (sentence,) = errors(ran)
+    assert " E2: " in sentence
+    assert stored(home) == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
+
+
+@GENERATIONS
+def test_a_header_that_ends_after_a_whole_line_is_not_taken_for_a_short_one(home, here, old):
+    """A complete HTTP answer of an incomplete JSON text: all that is missing would count as absent."""
+    def lines(answer):
+        return answer._replace(body=answer.body[:answer.body.index(b',\n   "0018,1316"') + 1])
+    with StandIn(*FILES, old=old) as server:
+        wanted = second_instance(server, "E2")
+        server.misbehave = lambda count, request: lines if request.kind == "tags" and wanted in request.path else None
+        ran = here(*TOKENS, url=server.url)
+    assert ran.status == 1
+    assert stored(home) == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
+
+
+@GENERATIONS
+def test_raw_content_of_a_page_of_some_proxy_is_no_value(home, here, old):
+    """Orthanc sends elements as application/octet-stream; taken for a value, the page would silently leave a series out."""
+    with StandIn(*FILES, old=old) as server:
+        server.misbehave = lambda count, request: "html" if request.kind == "content" else None
+        ran = here("E1", url=server.url)
+    assert ran.status == 1
+    assert stored(home) == {}
+
+
+@pytest.mark.parametrize("kind", ["system", "find study", "find series", "find instance", "tags", "content"])
+def test_a_huge_answer_is_not_read_to_its_end(home, here, monkeypatch, kind):
+    monkeypatch.setattr(program, "ANSWER_BYTES", 1 << 20)
+    with StandIn(*FILES) as server:
+        server.misbehave = lambda count, request: (lambda answer: answer._replace(body=answer.body + b" " * (8 << 20))) if request.kind == kind else None
+        ran = here("E1", url=server.url)
+        tried = server.kinds.count(kind)
+    assert (ran.status, tried) == (1, 1)
+    assert "more than 1 MB" in ran.err
+    assert stored(home) == {}
+
+
+@pytest.mark.parametrize("arguments", [["202404"], ["E2"], ["--force", "E2"]], ids=" ".join)
+@GENERATIONS
+def test_other_patients_studies_in_an_answer_are_never_stored(home, here, old, arguments):
+    """The answer is that for another accession: what comes back is compared with what was asked for."""
+    with StandIn(*FILES, old=old) as server:
+        kind = "find study" if old else "find series"
+
+        def other(count, request):
+            if request.kind == kind and b'"E2"' in request.body:
+                wrong = request._replace(body=request.body.replace(b'"E2"', b'"E1"'))
+                return lambda answer: server.answer(wrong)
+            if old and request.kind == "series" and server.find_id("Study", AccessionNumber="E2") in request.path:
+                wrong = request._replace(path=request.path.replace(server.find_id("Study", AccessionNumber="E2"), server.find_id("Study", AccessionNumber="E1")))
+                return lambda answer: server.answer(wrong)
+        server.misbehave = other
+        ran = here(*arguments, url=server.url)
+    assert stored(home) == ({accession: whole(accession) for accession in ("E1", "E3")} if "202404" in arguments else {}) or stored(home).get("E2") == whole("E2")
+    assert all(series == whole(accession) for accession, series in stored(home).items())
+    assert ran.status == (0 if set(stored(home)) >= {"E2"} else 1)
+
+
+@GENERATIONS
+def test_studies_that_no_token_named_are_not_stored(home, here, old):
+    """The server ignores what was asked and lists everything."""
+    def all_of_it(count, request):
+        if request.kind == "find study" and request.json.get("Expand"):
+            everything = request._replace(body=json.dumps(request.json | {"Query": {}}).encode())
+            return lambda answer: server.answer(everything)
+    with StandIn(*FILES, dicom_files.instance("X7", StudyDate="20240402"), dicom_files.instance("e2", StudyDate="20240402"), old=old) as server:
+        server.misbehave = all_of_it
+        ran = here("20240402", NAMED, url=server.url)
+    assert ran.status == 0
+    assert stored(home) == {"E2": whole("E2"), NAMED: whole(NAMED)}
+
+
+def test_a_series_that_was_not_sent_is_noticed(home, here):
+    """An answer with one series less than the study has is not taken for the whole study."""
+    with StandIn(*FILES) as server:
+        server.misbehave = lambda count, request: rewritten(lambda records: records[1:]) if series_of_e2(request) else None
+        ran = here("202404", url=server.url)
+    assert stored(home)["E2"] == whole("E2") if ran.status == 0 else "E2" not in stored(home)
+
+
+def test_an_endless_list_of_studies_ends(home, here):
+    """A server that ignores Since, and tells the same studies for every page."""
+    def again(count, request):
+        if request.kind == "find study" and request.json["Since"]:
+            assert count < 200
+            return lambda answer: server.answer(request._replace(body=json.dumps(request.json | {"Since": 0}).encode()))
+    with StandIn(*FILES) as server:
+        server.misbehave = again
+        ran = here("202404", url=server.url)
+        assert len(server.requests) < 200
+    assert ran.status in (0, 1)
+    assert all(series == whole(accession) for accession, series in stored(home).items())
+
+
+# -- what is shown -------------------------------------------------------------------------------------------------------
+
+NASTY = "\x1b[2J\x1b]0;owned\x07\r\nE666\x9b31m\u202eX"
+
+
+def visible(text: str) -> bool:
+    return all(char.isprintable() or char == "\n" for char in text)
+
+
+@pytest.mark.parametrize("tag", ["0008,0050", "0008,103e", "0020,000e", "0020,0011", "0018,1316", "0051,100a", "0051,0010", "0008,0060", "0010,0020"])
+@GENERATIONS
+def test_control_characters_of_the_server_reach_neither_stdout_nor_stderr(home, here, old, tag):
+    def nasty(answer):
+        def change(node):
+            for key, value in node.items() if isinstance(node, dict) else ():
+                if key == tag and isinstance(value, str):
+                    node[key] = value + NASTY
+                change(value)
+            for one in node if isinstance(node, list) else ():
+                change(one)
+        return rewritten(change)(answer)
+    with StandIn(*FILES, old=old) as server:
+        server.misbehave = lambda count, request: nasty if request.kind in ("find study", "find series", "find instance", "series", "tags") else None
+        ran = here("-v", *TOKENS, url=server.url)
+    assert visible(ran.out) and visible(ran.err)
+    assert not re.search(r"^E666", ran.out + ran.err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("header", ["Location", "Retry-After", "Content-Type"])
+def test_control_characters_in_headers_reach_nobody(home, here, header):
+    def nasty(answer):
+        return Answer(302 if header == "Location" else 503, b"", **({"content_type": "x\x1b[2J"} if header == "Content-Type" else {"headers": ((header, "ftp://\x1b[2J\x9b/"),)}))
+    with StandIn(*FILES) as server:
+        server.misbehave = lambda count, request: nasty if request.kind == "find series" else None
+        ran = here("-v", "E1", url=server.url)
+    assert ran.status == 1
+    assert visible(ran.out) and visible(ran.err)
+
+
+@GENERATIONS
+@pytest.mark.parametrize("fault", [None, "status 500", "half json", "html", "a tag that is a number", "an ID that is a number"])
+def test_no_patient_is_named_in_any_line(home, here, old, fault):
+    files = [dicom_files.instance("E1", series=series, PatientName="Doe^Zebulon", PatientID="SECRET-77", PatientBirthDate="19440506", PatientAge="091Y",
+                                  sar=None if series == 3 else "0.5", ta="Anon" if series == 4 else "TA 01:00")
+             for series in range(1, 5)]
+    with StandIn(*files, old=old) as server:
+        wrong = WRONG.get(fault, fault)
+        server.misbehave = lambda count, request: wrong if fault and request.kind in ("find series", "tags") else None
+        ran = here("-v", "--fallback", "202404", "E1", url=server.url)
+    assert ran.status == (1 if fault and not (old and fault in WRONG) else 0) or old
+    for secret in ("Doe", "SECRET", "19440506", "091Y"):
+        assert secret not in ran.err + ran.out
+
+
+# -- what is missing -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("hidden", [("pyorthanc",), ("pydicom",), ("pyorthanc", "pydicom"), ("httpx",), ("tqdm",)], ids="+".join)
+def test_a_missing_package_is_a_sentence_that_says_what_to_run(home, tmp_path, hidden):
+    """tqdm is missed by pyorthanc's own import or by nobody."""
+    import pyorthanc
+    packages = os.path.dirname(os.path.dirname(pyorthanc.__file__))
+    shown = tmp_path / "packages"
+    shown.mkdir()
+    for name in os.listdir(packages):
+        if not any(name == one or name.startswith(f"{one}-") for one in hidden) and not name.endswith(".pth"):
+            (shown / name).symlink_to(os.path.join(packages, name))
+    with StandIn(*FILES) as server:
+        ended = subprocess.run([sys.executable, "-S", str(PROGRAM), "--url", server.url, "E1"], cwd=home.folder, capture_output=True, text=True,
+                               env=home.environment({"PYTHONPATH": str(shown)}))
+    assert "Traceback" not in ended.stderr
+    if ended.returncode == 0:
+        assert hidden == ("tqdm",)
+        return
+    assert ended.returncode == 1
+    assert "pip install -r requirements.txt" in ended.stderr and "uv run" in ended.stderr
+    assert not home.db.exists()
+
+
+BAD_IDS = ["\x1b[2J\x9b31m", "../../tools/shutdown", "x?expand", "", "a b\r\nE666", "x" * 100000]
+
+
+@pytest.mark.parametrize("bad", BAD_IDS, ids=["control-characters", "another-path", "a-query", "empty", "line-break", "huge"])
+def test_an_id_that_is_none_is_neither_asked_for_nor_shown(home, here, bad):
+    """Orthanc's IDs are five groups of eight hexadecimal digits; what becomes part of an address or a sentence must be one."""
+    def nasty(answer):
+        return rewritten(lambda records: each(records, lambda record: record.__setitem__("Instances", [bad])))(answer)
+    with StandIn(*FILES, old=True) as server:
+        study = server.find_id("Study", AccessionNumber="E2")
+        server.misbehave = lambda count, request: nasty if request.kind == "series" and study in request.path else None
+        ran = here("-v", *TOKENS, url=server.url)
+        asked = [request.path for request in server.requests if request.method == "GET"]
+    assert ran.status == 1
+    assert all(re.fullmatch(r"/(system|statistics|(studies|instances|series)/[0-9a-f-]{44}(/(series|tags|content/[0-9a-f-]{9})(\?[a-z&]*)?)?)", path) for path in asked)
+    assert visible(ran.out) and visible(ran.err)
+    assert max(map(len, ran.err.splitlines())) < 1000
+    assert stored(home) == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
