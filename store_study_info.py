@@ -313,7 +313,7 @@ def parse_token(token: str, today: datetime.date) -> Accession | Dates:
     if dash:
         last = span_of(end, token)[1] if end else today
     if first > last:
-        raise UsageError(f"range {quoted(token)} ends before it starts" + ("" if end else f": today is {today:%Y%m%d}") + f"; allowed are {TOKEN_HELP}")
+        raise UsageError(f"range {quoted(token)} ends before it starts" + ("" if end else f": today is {digits_of(today)}") + f"; allowed are {TOKEN_HELP}")
     return Dates(token, first, last)
 
 
@@ -377,6 +377,11 @@ def month_end(day: datetime.date) -> datetime.date:
     if day.month == 12:
         return day.replace(day=31)
     return day.replace(month=day.month + 1, day=1) - datetime.timedelta(days=1)
+
+
+def digits_of(day: datetime.date) -> str:
+    """YYYYMMDD, as DICOM writes dates (DA); strftime does not pad years on every system."""
+    return day.isoformat().replace("-", "")
 
 
 def days_of(first: datetime.date, last: datetime.date) -> list[datetime.date]:
@@ -605,30 +610,30 @@ class Server:
     def ask(self, method: str, path: str, body: Any = None, raw: bool = False, cut: bytes | None = None) -> bytes | None:
         """One answer, the request repeated where that can help.
 
-        With `raw` it is the bytes of an element, None where that is absent (404). With `cut`, the mark of a member of a JSON object, the answer ends before it and the rest is not read. Raises ServerError for this request, RunError
-        where the run cannot go on.
+        With `raw` it is the bytes of an element, None where that is absent (404). With `cut`, the mark of a member of
+        a JSON object, the answer ends before it and the rest is not read. Raises ServerError for this request,
+        RunError where the run cannot go on.
         """
         self._asked.count = self.asked() + 1
-        began, waited, stale = time.monotonic(), 0.0, 0
-        for attempt in range(1, sys.maxsize):
+        began, waited, tries, stale = time.monotonic(), 0.0, 0, False
+        while True:
             try:
                 return self._once(method, path, body, raw, cut)
             except TransientError as fault:
                 if fault.stale and not stale:
-                    stale = 1      # the server had just closed an idle connection: repeated without a word
+                    stale = True    # the server had just closed an idle connection: repeated without a word
                     continue
-                import random
-                wait = fault.wait if fault.wait is not None else FIRST_WAIT * 2 ** (attempt - stale - 1) * random.uniform(0.75, 1.25)
+                tries += 1
+                wait = fault.wait if fault.wait is not None else growing_wait(tries)
                 waited += wait
-                if attempt - stale >= fault.tries or waited > LONGEST_WAIT:
-                    raise self._given_up(fault, attempt - stale, began) from None
+                if tries >= fault.tries or waited > LONGEST_WAIT:
+                    raise self._given_up(fault, tries, began) from None
                 log.debug("%s %s: %s; next try in %.1f s", method, path, fault, wait)
                 time.sleep(wait)
-        raise AssertionError("not reached")
 
-    def _given_up(self, fault: TransientError, attempts: int, began: float) -> StudyInfoError:
+    def _given_up(self, fault: TransientError, tries: int, began: float) -> StudyInfoError:
         """The end of a request's tries: of the whole run where the server cannot be reached (any more)."""
-        text = f"{fault}, {attempts} tries" if attempts > 1 else str(fault)
+        text = f"{fault}, {tries} tries" if tries > 1 else str(fault)
         if fault.wait is not None and fault.wait > LONGEST_WAIT:
             text = f"{fault} and asks to wait {fault.wait:.0f} s: run again later"
         if not fault.contact and self.answered < began:
@@ -773,9 +778,8 @@ class Server:
 
     def studies_between(self, first: datetime.date, last: datetime.date) -> tuple[list[Study], list[datetime.date]]:
         """The studies of accessions in E* from first to last, and the days that may be incomplete."""
-        query = {"AccessionNumber": "E*", "StudyDate": f"{first:%Y%m%d}-{last:%Y%m%d}"}
-        studies, whole_answer = self.find_studies(query)
-        low, high = f"{first:%Y%m%d}", f"{last:%Y%m%d}"
+        low, high = digits_of(first), digits_of(last)
+        studies, whole_answer = self.find_studies({"AccessionNumber": "E*", "StudyDate": f"{low}-{high}"})
         studies = [study for study in studies if study.accession.startswith("E") and low <= study.date <= high]
         if whole_answer:
             return studies, []
@@ -906,6 +910,12 @@ def certificates(url: str) -> Any:
         return ssl.create_default_context(cafile=authorities)
     except OSError as error:
         raise UsageError(f"SSL_CERT_FILE {printable(authorities or '')} cannot be read: {reason_of(error)}") from None
+
+
+def growing_wait(tries: int) -> float:
+    """Seconds before the next try, doubled each time, with jitter, so that several runs do not knock in step."""
+    import random
+    return FIRST_WAIT * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
 
 
 def retry_after(text: str | None) -> float | None:
@@ -1551,7 +1561,7 @@ def note_found(run: Run, want: Want, found: Any) -> None:
 def process_date_arg(token: Dates, conn: Database | None, run: Run) -> None:
     """Find the accessions of a date token, month by month. What could not be listed is said, and the rest goes on."""
     for first, last in months_of(token):
-        span = f"{first:%Y%m%d}" if first == last else f"{first:%Y%m%d}-{last:%Y%m%d}"
+        span = digits_of(first) if first == last else f"{digits_of(first)}-{digits_of(last)}"
         try:
             studies, doubtful = run.server.studies_between(first, last)
         except StudyError as error:
@@ -1560,7 +1570,7 @@ def process_date_arg(token: Dates, conn: Database | None, run: Run) -> None:
             continue
         for day in doubtful:
             run.tally.doubtful += 1
-            log.error("%s: may be incomplete, %s cuts its answers (LimitFindResults); name the missing accessions themselves", f"{day:%Y%m%d}", run.server.url)
+            log.error("%s: may be incomplete, %s cuts its answers (LimitFindResults); name the missing accessions themselves", digits_of(day), run.server.url)
         log.info("%s: studies found: %d", span, len(studies))
         for study in studies:
             note_dated(run.want(study.accession), study, conn, run.options)
@@ -1951,7 +1961,7 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     credentials, where = find_credentials(host, arguments.netrc)
     check_packages()
     conn = open_database(path) if check_database_file(path) else None
-    options = Options(arguments.force, arguments.fallback, f"{today:%Y%m%d}")
+    options = Options(arguments.force, arguments.fallback, digits_of(today))
     run = Run(Server(url, credentials, arguments.timeout, where), options, arguments.jobs, {}, tally)
     todo = plan(run, tokens, conn)
     conn = conn or open_database(path)
@@ -1988,11 +1998,18 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
     except Interrupted as interrupt:
         log.error("interrupted by %s; %s", interrupt.name, tally)
-        logging.shutdown()
-        os._exit(interrupt.exit_status)
+        end_process(interrupt.exit_status)
     log.log(logging.WARNING if tally.exit_status else SUMMARY, "%s", tally)
     return tally.exit_status
 
 
+def end_process(status: int) -> None:
+    """At once, whatever the threads wait for: everything is stored and closed by now."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

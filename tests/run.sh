@@ -3,4 +3,4 @@
 # Other versions of Orthanc: ORTHANC_COMMANDS="chroot DIR Orthanc; …", see servers.sh.
 . "$(dirname "$0")/setup.sh"
 cd "$here"
-exec "$PYTHON" -m pytest -c pytest.ini "$@"
+exec "$PYTHON" -m pytest -c pytest.ini -n "${WORKERS:-2}" --dist loadfile "$@"
