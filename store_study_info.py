@@ -68,6 +68,7 @@ FIRST_WAIT = 0.25         # seconds before the second try, doubled each time, wi
 LONGEST_WAIT = 60.0       # seconds that one request may spend waiting in all; a longer Retry-After is not waited for
 ANSWER_BYTES = 256 << 20  # no answer that this program asks for comes near it
 BUSY_SECONDS = 30.0       # how long another writer of the database is waited for
+MOMENT = 0.2              # the main thread never blocks for longer, so that it hears signals
 AHEAD = 128               # accessions fetched and not yet stored, at most: what bounds the memory
 MORE = 6                  # requests that a series may cost beyond its header, to find what is missing
 LOOKS = 6                 # of its instances whose header may be read, the first one included
@@ -594,7 +595,7 @@ class Server:
 
     @property
     def client(self):
-        """pyorthanc's client, opened by the first request (`/system`, in the main thread): a run that asks nothing imports nothing."""
+        """pyorthanc's client, opened by the first request (`/system`, before several threads make any): a run that asks nothing imports nothing."""
         if self._client is None:
             self._client = open_client(self.url, self._credentials, self.timeout)
         return self._client
@@ -1312,7 +1313,7 @@ def open_database(path: str) -> Database:
         except OSError as error:
             raise RunError(f"database {printable(path)} cannot be created: {reason_of(error)}") from None
     with database_errors(path), contextlib.ExitStack() as undo:
-        conn = sqlite3.connect(path, timeout=0.2, isolation_level=None, factory=Database)
+        conn = sqlite3.connect(path, timeout=MOMENT, isolation_level=None, factory=Database)
         undo.callback(conn.close)
         conn.path = path
         tables = {table: read_columns(conn, table) for table in TABLES}
@@ -1522,7 +1523,7 @@ def plan(run: Run, tokens: Iterable[Accession | Dates], conn: Database | None) -
             note_stored(want, conn, run.options)
     unseen = [want for want in run.wants.values() if want.again and want.named and not want.dated]
     if unseen:
-        _ = run.server.extended    # the first contact, before the threads'
+        aside(lambda: run.server.extended)    # the first contact, before several threads make it
     with contextlib.closing(in_order(lambda want: run.server.studies_of(want.accession), unseen, run.jobs)) as results:
         for want, found in results:
             note_found(run, want, found)
@@ -1563,7 +1564,7 @@ def process_date_arg(token: Dates, conn: Database | None, run: Run) -> None:
     for first, last in months_of(token):
         span = digits_of(first) if first == last else f"{digits_of(first)}-{digits_of(last)}"
         try:
-            studies, doubtful = run.server.studies_between(first, last)
+            studies, doubtful = aside(lambda: run.server.studies_between(first, last))
         except StudyError as error:
             run.tally.doubtful += 1
             log.error("%s: cannot be listed: %s", span, error)
@@ -1589,11 +1590,9 @@ def in_order(work: Callable, items: list, jobs: int) -> Iterator[tuple[Any, Any]
     """(item, result or the exception that it ended with), in the order of the items, `jobs` at a time.
 
     At most AHEAD items are done and not yet taken, so that memory is bounded and one slow item holds up no others.
-    Threads are daemons: an interrupt waits for none of them.
+    Threads are daemons: an interrupt waits for none of them. Nothing is done in the main thread, which only ever waits
+    for a moment: a signal that arrives just before it blocks would not be heard before it has done so.
     """
-    if jobs == 1 or len(items) < 2:
-        yield from ((item, attempt(work, item)) for item in items)
-        return
     tasks: queue.SimpleQueue = queue.SimpleQueue()
 
     def worker() -> None:
@@ -1624,9 +1623,23 @@ def in_order(work: Callable, items: list, jobs: int) -> Iterator[tuple[Any, Any]
             if not waiting:
                 return
             item, box = waiting.popleft()
-            yield item, box.get()
+            yield item, wait_for(box)
     finally:
         stop()
+
+
+def wait_for(box: queue.SimpleQueue) -> Any:
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return box.get(timeout=MOMENT)
+
+
+def aside(work: Callable) -> Any:
+    """The result of work(), or its exception, done in a thread of its own."""
+    ((_, result),) = in_order(lambda _: work(), [None], 1)
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def attempt(work: Callable, item: Any) -> Any:
@@ -1967,11 +1980,11 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     conn = conn or open_database(path)
     try:
         fetch_and_store(run, todo, conn, (lambda name: None) if arguments.quiet else print_accession)
+        run.server.close()    # not after an interrupt: it would wait for the threads' requests
     except RunError:
         tally.failed += 1
         raise
     finally:
-        run.server.close()
         if arguments.csv and not isinstance(sys.exc_info()[1], Interrupted):
             write_csv(arguments.csv, conn, [want.accession for want in sorted(run.wants.values(), key=run_order)])
         conn.close()

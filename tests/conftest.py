@@ -15,22 +15,48 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import orthanc  # noqa: E402
 from endpoint import Proxy  # noqa: E402
+from stand_in import StandIn  # noqa: E402
 from warm import Warm  # noqa: E402
 
-COMMANDS = orthanc.commands()
 NO_ORTHANC = "no Orthanc was found: install one, or name one in ORTHANC_COMMANDS"
+STAND_INS = ["stand-in", "stand-in of old"]
+COMMANDS = orthanc.commands() or STAND_INS
+REAL = COMMANDS != STAND_INS
 
 
 def pytest_report_header(config):
-    return "orthanc: " + ("; ".join(COMMANDS) if COMMANDS else NO_ORTHANC)
+    return "orthanc: " + ("; ".join(COMMANDS) if REAL else NO_ORTHANC + "; a stand-in takes its place")
 
 
-@pytest.fixture(scope="session", params=COMMANDS or [None], ids=lambda command: (command or "none").replace("/", "_").replace(" ", "_"))
+def pytest_terminal_summary(terminalreporter):
+    if not REAL:
+        terminalreporter.write_line(NO_ORTHANC + "; these tests ran on a stand-in")
+
+
+@pytest.fixture(scope="session", params=COMMANDS, ids=lambda command: command.replace("/", "_").replace(" ", "_"))
 def command(request):
     """Each way to start Orthanc that there is."""
-    if request.param is None:
-        (pytest.fail if os.environ.get("REQUIRE_ORTHANC") == "1" else pytest.skip)(NO_ORTHANC)
+    if not REAL and os.environ.get("REQUIRE_ORTHANC") == "1":
+        pytest.fail(NO_ORTHANC)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def real(command):
+    """For tests of what only a real server does."""
+    if command in STAND_INS:
+        pytest.skip(NO_ORTHANC)
+
+
+def start(command, **options):
+    """A server to be entered: Orthanc, or the stand-in with those of its options that it knows."""
+    if command not in STAND_INS:
+        return orthanc.Orthanc(command, **options)
+    options.pop("Name", None)
+    unknown = options.keys() - {"LimitFindResults", "StorageAccessOnFind", "StableAge"}
+    if unknown:
+        pytest.skip(f"{NO_ORTHANC}; the stand-in has no {', '.join(unknown)}")
+    return StandIn(old=command == STAND_INS[1], **options)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +68,7 @@ def servers(command):
         def get(**options):
             key = repr(sorted(options.items()))
             if key not in running:
-                running[key] = stack.enter_context(orthanc.Orthanc(command, **options))
+                running[key] = stack.enter_context(start(command, **options))
             return running[key]
         yield get
 
@@ -57,7 +83,7 @@ def server(servers):
 def fresh(command):
     """fresh(**configuration): a server of this test's own, empty."""
     with contextlib.ExitStack() as stack:
-        yield lambda **options: stack.enter_context(orthanc.Orthanc(command, **options))
+        yield lambda **options: stack.enter_context(start(command, **options))
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return FAULTS[kind](self, answer)
         self.send(answer)
 
-    do_GET = do_POST = serve
+    do_GET = do_POST = do_DELETE = serve
 
     def head(self, answer: Answer):
         self.send_response(answer.status)

@@ -94,6 +94,8 @@ def raw_of(ds: pydicom.Dataset, tag) -> bytes:
     """The bytes of an element, little endian whatever the file is."""
     element = ds.get_item(tag)
     code = BINARY.get(vr_of(element))
+    if element.value is None:
+        return b""
     if not isinstance(element, RawDataElement):    # pydicom decodes by itself what it needs to read the others
         return struct.pack("<" + code, element.value) if code else str(element.value).encode()
     raw = element.value or b""
@@ -193,7 +195,7 @@ class StandIn(Endpoint):
         parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
         options = urllib.parse.parse_qs(url.query, keep_blank_values=True)
         try:
-            found = self.post(parts, request) if request.method == "POST" else self.get(parts, options)
+            found = {"POST": self.post, "DELETE": self.remove}[request.method](parts, request) if request.method != "GET" else self.get(parts, options)
         except NotFound:
             return Answer(404, b"", "text/plain")
         except BadRequest as error:
@@ -205,6 +207,13 @@ class StandIn(Endpoint):
     def post(self, parts: list[str], request: Request) -> Any:
         if parts == ["tools", "find"]:
             return self.find(request.json)
+        raise NotFound
+
+    def remove(self, parts: list[str], request: Request) -> Any:
+        match parts:
+            case ["series", series] if series in self.members("Series"):
+                self.delete("Series", series)
+                return {}
         raise NotFound
 
     def get(self, parts: list[str], options: dict) -> Any:

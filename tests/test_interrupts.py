@@ -110,7 +110,8 @@ def test_a_signal_ends_the_run_while_a_request_hangs(home, server, signum, statu
     assert code == status
     assert [line for line in err.splitlines() if "interrupted by" in line] == [err.splitlines()[-1]]
     found = stored(home)
-    assert out.splitlines() == sorted(found) == (MONTH[:5] if during == "a later study" else [])
+    assert sorted(found) == (MONTH[:5] if during == "a later study" else [])
+    assert out.splitlines() in (sorted(found), sorted(found)[:-1])    # the last one may be stored and not yet printed
     assert all(series == whole(1, 3, 0.5)[accession] for accession, series in found.items())
 
 

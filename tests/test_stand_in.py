@@ -66,7 +66,7 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pairs(servers):
+def pairs(servers, real):
     """pairs(**configuration): a pair, settled unless it never settles."""
     made = {}
 
