@@ -289,7 +289,7 @@ class Dates(NamedTuple):
     last: datetime.date     # included
 
 
-TOKEN_HELP = ("an accession number (E12345), a day (YYYYMMDD), a month (YYYYMM), a range of days or months "
+TOKEN_HELP = ("an accession number, which begins with a capital E (E12345), a day (YYYYMMDD), a month (YYYYMM), a range of days or months "
               "(YYYYMMDD-YYYYMMDD, YYYYMM-YYYYMM, open at the end: YYYYMM-), yesterday, today or @FILE")
 
 # What Orthanc matches as it stands: * and ? are wildcards and \ makes a list, with which it would answer with other
@@ -629,7 +629,8 @@ class Server:
                 waited += wait
                 if tries >= fault.tries or waited > LONGEST_WAIT:
                     raise self._given_up(fault, tries, began) from None
-                log.debug("%s %s: %s; next try in %.1f s", method, path, fault, wait)
+                first = self.answered == -math.inf and tries == 1 and sys.stderr.isatty()    # a person waits
+                log.log(SUMMARY if first else logging.DEBUG, "%s %s: %s; next try in %.1f s", method, path, fault, wait)
                 time.sleep(wait)
 
     def _given_up(self, fault: TransientError, tries: int, began: float) -> StudyInfoError:
@@ -639,7 +640,9 @@ class Server:
             text = f"{fault} and asks to wait {fault.wait:.0f} s: run again later"
         if not fault.contact and self.answered < began:
             return RunError(f"{text}; is --url right, and the server running?")
-        return RunError(text) if self.answered == -math.inf else ServerError(text)
+        if self.answered == -math.inf:
+            return RunError(f"{text}; is --url right, and is it http or https?")
+        return ServerError(text)
 
     def _once(self, method: str, path: str, body: Any, raw: bool, cut: bytes | None) -> bytes | None:
         client = self.client    # first of all: it says which package is missing
@@ -728,7 +731,7 @@ class Server:
             try:
                 system = self.json(dict, "GET", "/system")
             except ServerError as error:
-                raise RunError(str(error)) from None
+                raise RunError(f"{error}; is --url Orthanc's own address, as in http://host:8042?") from None
             if "Version" not in system:
                 raise RunError(f"{self.url} is no Orthanc server: its /system names no Version")
             capabilities = system.get("Capabilities")
@@ -1572,7 +1575,7 @@ def process_date_arg(token: Dates, conn: Database | None, run: Run) -> None:
         for day in doubtful:
             run.tally.doubtful += 1
             log.error("%s: may be incomplete, %s cuts its answers (LimitFindResults); name the missing accessions themselves", digits_of(day), run.server.url)
-        log.info("%s: studies found: %d", span, len(studies))
+        log.info("%s: studies found: %d%s", span, len(studies), "" if studies else " (only accessions that begin with a capital E count)")
         for study in studies:
             note_dated(run.want(study.accession), study, conn, run.options)
 
@@ -1656,10 +1659,12 @@ def fetch_and_store(run: Run, todo: list[Want], conn: Database, out) -> None:
         return fetch_accession(run.server, want.accession, list(want.studies.values()), want.whole_known, run.options)
 
     run.tally.left = len(todo)
+    if run.tally.already and (run.options.fallback or log.level == logging.DEBUG):
+        log.log(SUMMARY, "%d accessions are stored already and are not read again; --force does that", run.tally.already)
     with progress_bar(len(todo)) as bar, contextlib.closing(in_order(fetch, todo, run.jobs)) as results:
         for want, result in results:
-            run.tally.left -= not isinstance(result, RunError)
             finish(run, want, result, conn, out)
+            run.tally.left -= 1
             want.studies = {}
             bar.update()
 
@@ -1867,7 +1872,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to acquire")
     what.add_argument("tokens", metavar="TOKEN", nargs="+", help="accession, day, month, range, yesterday, today or @FILE")
     what.add_argument("-f", "--force", action="store_true", help="acquire again what is already stored")
-    what.add_argument("--fallback", action="store_true", help="read SAR and duration elsewhere in the file where the Siemens tags are missing or meaningless")
+    what.add_argument("--fallback", action="store_true", help="read SAR and duration elsewhere in the file where the Siemens tags are missing or meaningless; with --force for what is stored already")
     where = parser.add_argument_group("from where, and to where")
     where.add_argument("--url", default=os.environ.get("ORTHANC_URL") or DEFAULT_URL, help=f"Orthanc's address (default {DEFAULT_URL})")
     where.add_argument("--netrc", metavar="FILE", help="credentials (default ./netrc, else ~/.netrc)")
@@ -1905,12 +1910,12 @@ def check_url(text: str) -> tuple[str, str]:
         url = urlsplit(text)
         port_ok = url.port is None or url.port > 0
     except ValueError:
-        raise UsageError("--url is no URL; it must look like http://host:8042") from None
+        raise UsageError("the address of --url or ORTHANC_URL is no URL; it must look like http://host:8042") from None
     if "@" in url.netloc or "@" in text.partition("//")[2].partition("/")[0]:
-        raise UsageError("--url holds a user or password: take it out, and put it into a netrc file (see --netrc)")
+        raise UsageError("the address of --url or ORTHANC_URL holds a user or password: take it out, and put it into a netrc file (see --netrc)")
     if url.scheme not in ("http", "https") or not url.hostname or not port_ok or url.query or url.fragment \
             or re.search(r"[\s\x00-\x20\x7f\\]", text):
-        raise UsageError("--url is no address of an Orthanc server; it must look like http://host:8042 or https://host/orthanc")
+        raise UsageError("the address of --url or ORTHANC_URL is none of an Orthanc server; it must look like http://host:8042 or https://host/orthanc")
     return url.geturl(), url.hostname
 
 
@@ -1942,6 +1947,8 @@ def check_csv(path: str | None, database: str) -> None:
     """Refuse early what write_csv could not replace, or should not."""
     if path is None:
         return
+    if path == "-":
+        raise UsageError("--csv needs the name of a file: standard output is for accessions only")
     target = os.path.realpath(path)
     if os.path.exists(target) and not os.path.isfile(target):
         raise UsageError(f"--csv {quoted(path)} is no regular file")
@@ -1952,14 +1959,16 @@ def check_csv(path: str | None, database: str) -> None:
 
 
 def check_packages() -> None:
+    if sys.version_info < (3, 10):
+        raise RunError(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
     missing = [name for name in ("pyorthanc", "pydicom") if importlib.util.find_spec(name) is None]
     if missing:
         raise missing_packages(*missing)
 
 
 def missing_packages(*names: str) -> RunError:
-    return RunError(f"missing Python packages: {', '.join(names)}; run 'pip install -r requirements.txt', "
-                    "or run this program as 'uv run store_study_info.py', which fetches what it needs")
+    return RunError(f"missing Python packages: {', '.join(names)}; run 'pip install -r requirements.txt' "
+                    "in a virtual environment, or run this program as 'uv run store_study_info.py', which fetches what it needs")
 
 
 def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
@@ -1981,9 +1990,6 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     try:
         fetch_and_store(run, todo, conn, (lambda name: None) if arguments.quiet else print_accession)
         run.server.close()    # not after an interrupt: it would wait for the threads' requests
-    except RunError:
-        tally.failed += 1
-        raise
     finally:
         if arguments.csv and not isinstance(sys.exc_info()[1], Interrupted):
             write_csv(arguments.csv, conn, [want.accession for want in sorted(run.wants.values(), key=run_order)])
@@ -2006,7 +2012,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except StudyInfoError as error:
         log.error("%s", error)
-        if tally.stored or tally.failed:
+        if tally.stored or tally.failed or tally.left:
             log.warning("%s", tally)
         return error.exit_status
     except Interrupted as interrupt:

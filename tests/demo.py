@@ -295,6 +295,14 @@ def say(text: str) -> None:
     print("\n" + textwrap.fill(text, 92), end="\n\n", flush=True)
 
 
+def serve(folder: pathlib.Path) -> None:
+    with contextlib.ExitStack() as stack:
+        server, name = running_server(stack, folder)
+        print(f"{name} answers until Ctrl-C, with made-up studies of March and April 2024. In another terminal:\n\n  export ORTHANC_URL={server.url}", flush=True)
+        while True:
+            signal.pause()
+
+
 def show(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
     with contextlib.ExitStack() as stack:
         server, name = running_server(stack, folder)
@@ -307,7 +315,7 @@ def show(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
         say("The table series, its UIDs shortened and SAR rounded. E12349 was scanned over midnight, in two studies under one accession, and is whole:")
         print(ask(database, SERIES_TABLE, stacked=True))
         say("A question: how much energy did each study deposit? SAR (W/kg) times duration (s) is J/kg. (E12342 is too low: its EPI series "
-            "are those with a time below one second in the summary above, which --fallback would put right.)")
+            "are those with a time below one second in the summary above, which --force --fallback puts right.)")
         print(QUESTION + ";\n\n" + ask(database, QUESTION))
         say("Further months later: a range. What is stored already is skipped.")
         show_run(env, "202403-202404")
@@ -320,7 +328,9 @@ def show(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
 def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="demo.sh", description="Show store_study_info.py at work on a throw-away Orthanc.")
     parser.add_argument("--keep", metavar="FILE", type=pathlib.Path, help="copy the database to FILE at the end, to try queries on")
-    keep = parser.parse_args(arguments).keep
+    parser.add_argument("--serve", action="store_true", help="only start the server and leave it to you, until Ctrl-C")
+    options = parser.parse_args(arguments)
+    keep = options.keep
     if keep and (keep.exists() or not keep.absolute().parent.is_dir()):
         parser.error(f"{keep} exists already, or its folder does not")
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -329,7 +339,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     sys.stdout.reconfigure(encoding="utf-8")
     try:
         with tempfile.TemporaryDirectory(prefix="store_study_info-") as folder:
-            show(pathlib.Path(folder), keep)
+            serve(pathlib.Path(folder)) if options.serve else show(pathlib.Path(folder), keep)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:    # the reader has seen enough

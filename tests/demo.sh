@@ -1,4 +1,4 @@
 #!/bin/sh
-# Shows the program at work on a throw-away Orthanc: sh tests/demo.sh [--keep FILE]
+# Shows the program at work on a throw-away Orthanc: sh tests/demo.sh [--keep FILE | --serve]
 . "$(dirname "$0")/setup.sh"
 exec "$PYTHON" "$here/demo.py" "$@"

@@ -11,6 +11,7 @@ command -v debootstrap >/dev/null 2>&1 || { apt-get -qq update && apt-get -qq in
 
 commands=
 for release in "${@:-trixie}"; do
+    case $release in *[!a-z]*) echo "servers.sh: $release is no release of Debian" >&2; exit 2 ;; esac
     root=$folder/$release
     if ! chroot "$root" Orthanc --version >/dev/null 2>&1; then
         echo "Making $root …" >&2

@@ -44,11 +44,11 @@ def archive(server):
     (["@nowhere"], "token file @nowhere cannot be read"), (["E1", "202404", "E2*"], "'E2*' is not understood"),
     ([], "required: TOKEN"), (["--jobs", "0", "E1"], "'0' is no number from 1 to 999"), (["--timeout", "nan", "E1"], "'nan' is no number of seconds"),
     (["--nonsense", "E1"], "--nonsense"), (["-v", "-q", "E1"], "not allowed with"), (["--db", "", "E1"], "--db is empty"),
-    (["--url", "ftp://x", "E1"], "--url is no address of an Orthanc server"), (["--url", "micvna:8042", "E1"], "--url is no address"),
-    (["--url", "http://h:99999", "E1"], "--url is no URL"), (["--url", "http://h/?a=b", "E1"], "--url is no address"),
+    (["--url", "ftp://x", "E1"], "address of --url or ORTHANC_URL is none of an Orthanc server"), (["--url", "micvna:8042", "E1"], "ORTHANC_URL is none of an Orthanc server"),
+    (["--url", "http://h:99999", "E1"], "ORTHANC_URL is no URL"), (["--url", "http://h/?a=b", "E1"], "ORTHANC_URL is none of an Orthanc server"),
     (["--netrc", "nowhere", "E1"], "netrc file nowhere cannot be read: No such file"),
     (["--csv", "nofolder/x.csv", "E1"], "--csv 'nofolder/x.csv': its folder does not exist"), (["--csv", "study_info.db", "E1"], "is the database itself"),
-    (["--csv", "/dev/null", "E1"], "'/dev/null' is no regular file"), (["--fo", "E1"], "--fo")])
+    (["--csv", "-", "E1"], "--csv needs the name of a file"), (["--csv", "/dev/null", "E1"], "'/dev/null' is no regular file"), (["--fo", "E1"], "--fo")])
 def test_a_usage_error_is_one_line_and_nothing_is_contacted_or_written(home, arguments, told):
     with Proxy("http://127.0.0.1:9") as proxy:
         ran = home.run(*arguments, env={"ORTHANC_URL": proxy.url})

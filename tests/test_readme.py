@@ -234,7 +234,7 @@ def test_readme_shows_the_help_as_it_is():
 
 
 def test_readme_names_no_option_that_is_none():
-    known = {option for action in program.build_parser()._actions for option in action.option_strings} | {"--keep", "--update"}
+    known = {option for action in program.build_parser()._actions for option in action.option_strings} | {"--keep", "--serve", "--update"}
     own = "\n".join(line for line in TEXT.splitlines() if not re.search(r"pip |systemctl|journalctl|datasette|sqlite3 |git ", line))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", own)) <= known
 
