@@ -26,6 +26,11 @@ what; 2 usage error, nothing was contacted or written; 130 and 143 interrupted b
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main() listens: an interrupt during imports is no traceback
+
 import argparse
 import contextlib
 import datetime
@@ -38,7 +43,6 @@ import math
 import os
 import queue
 import re
-import signal
 import sqlite3
 import stat
 import struct
@@ -63,8 +67,10 @@ DEFAULT_TIMEOUT = 60.0    # seconds for one whole answer
 CONNECT_SECONDS = 10.0    # a host that swallows packets is given up sooner than a slow answer
 KEEPALIVE_SECONDS = 0.8   # Orthanc closes idle connections after 1 s (1.11.3 and newer)
 TRIES = 6                 # of one request, where repeating can help
+PATIENT_TRIES = 9         # where a server that had answered cannot be reached: half a minute, in which it may restart
 TIMEOUT_TRIES = 2         # a read that times out is repeated once
 FIRST_WAIT = 0.25         # seconds before the second try, doubled each time, with jitter
+TALLEST_WAIT = 8.0        # no single wait grows above it
 LONGEST_WAIT = 60.0       # seconds that one request may spend waiting in all; a longer Retry-After is not waited for
 ANSWER_BYTES = 256 << 20  # no answer that this program asks for comes near it
 BUSY_SECONDS = 30.0       # how long another writer of the database is waited for
@@ -72,6 +78,7 @@ MOMENT = 0.2              # the main thread never blocks for longer, so that it 
 AHEAD = 128               # accessions fetched and not yet stored, at most: what bounds the memory
 MORE = 6                  # requests that a series may cost beyond its header, to find what is missing
 LOOKS = 6                 # of its instances whose header may be read, the first one included
+LONGEST_SCAN = 86400      # seconds; an AcquisitionDuration above a day is in another unit
 PROBE = 1000              # studies asked for to see whether an older server cuts its answers
 
 log = logging.getLogger("store_study_info")
@@ -431,10 +438,8 @@ def get_element(header: Header, tag: str) -> str | None:
 
 def private_tag(header: Header, group: str, creator: str, element: str) -> str | None:
     """Where the private block of a creator has its element, in lower-case hexadecimal; None where the creator is not seen."""
-    for block in BLOCKS:
-        if (get_element(header, f"{group},00{block}") or "").upper() == creator:
-            return f"{group},{block}{element}"
-    return None
+    places = [f"{group},{block}{element}" for block in BLOCKS if (get_element(header, f"{group},00{block}") or "").upper() == creator]
+    return next((tag for tag in places if header.get(tag) is not None), places[0] if places else None)
 
 
 def hidden_time(header: Header) -> str | None:
@@ -537,9 +542,9 @@ def items_of(sequence: Any, tag: str | None = None) -> Iterator[Header]:
 def stated_duration(header: Header) -> Decimal | None:
     """AcquisitionDuration (0018,9073) in seconds. UIH writes milliseconds (190713.0)."""
     value = magnitude(get_element(header, DURATION_SECONDS))
-    if value is None or value >= 1e9:
-        return None
-    return Decimal(repr(value)) / (1000 if (get_element(header, MANUFACTURER) or "").upper().startswith("UIH") else 1)
+    if value is not None and (get_element(header, MANUFACTURER) or "").upper().startswith(("UIH", "UNITED IMAGING")):
+        value /= 1000
+    return Decimal(repr(value)) if value is not None and value <= LONGEST_SCAN else None
 
 
 def protocol_duration(protocol: bytes) -> Decimal | None:
@@ -585,6 +590,7 @@ class Server:
         self.url, self.timeout, self.where = url.rstrip("/"), timeout, where
         self.answered = -math.inf      # when the last answer came, whatever it said
         self.proven: float = 1         # an older server's answer with fewer studies than this was not cut
+        self.most = 0                  # records that it was ever seen to return in one answer
         self.requested = False         # whether its last answer about studies knew RequestedTags (1.11 and newer)
         self._credentials = credentials
         self._client: Any = None
@@ -625,9 +631,10 @@ class Server:
                     stale = True    # the server had just closed an idle connection: repeated without a word
                     continue
                 tries += 1
+                enough = PATIENT_TRIES if self.answered > -math.inf and not fault.contact else fault.tries
                 wait = fault.wait if fault.wait is not None else growing_wait(tries)
                 waited += wait
-                if tries >= fault.tries or waited > LONGEST_WAIT:
+                if tries >= enough or waited > LONGEST_WAIT:
                     raise self._given_up(fault, tries, began) from None
                 first = self.answered == -math.inf and tries == 1 and sys.stderr.isatty()    # a person waits
                 log.log(SUMMARY if first else logging.DEBUG, "%s %s: %s; next try in %.1f s", method, path, fault, wait)
@@ -745,6 +752,7 @@ class Server:
         answers = self.json(list, "POST", "/tools/find", body)
         if not all(isinstance(answer, dict) for answer in answers):
             raise ServerError(f"{self.url} answered /tools/find with a list of other things than {level.lower()} records")
+        self.most = max(self.most, len(answers))
         return answers
 
     def may_be_cut(self, count: int) -> bool:
@@ -807,18 +815,20 @@ class Server:
     # -- series and instances ----------------------------------------------------------------------------------------
 
     def series_of(self, accession: str, studies: Iterable[Study], tags: Iterable[str]) -> list[Series]:
-        """All series of an accession in one request, each with the header of the first instance received.
+        """All series of an accession in one request, each with the header of the first instance received; others that match too.
 
         One that is not plain is asked for by its studies' UIDs instead.
         """
         query = {"AccessionNumber": accession} if PLAIN.fullmatch(accession) else {"StudyInstanceUID": uid_list(studies)}
         answers = self.find("Series", query, tags, ("RequestedTags", "Parent", "IsStable"))
-        return [series for answer in answers if get_element((series := read_series(answer)).header, ACCESSION) == accession]
+        return [read_series(answer) for answer in answers]
 
     def list_series(self, study: Study) -> list[Series]:
-        """The series of a study with their instances: what older servers tell, and no limit on results applies."""
+        """The series of a study, of an older server with their instances in the order received. No limit on results applies."""
         answers = self.json(list, "GET", f"/studies/{study.id}/series?expand&short")
         series = [read_series(answer) for answer in answers if isinstance(answer, dict)]
+        if self.extended:    # lists instances by ID, not in the order received
+            series = [one._replace(instances=None) for one in series]
         return [one._replace(header=one.header | {tag: study.tags.get(tag) for tag in STUDY_LEVEL}) for one in series]
 
     def instances_of(self, studies: Iterable[Study]) -> dict[str, tuple[str, ...]]:
@@ -838,11 +848,20 @@ class Server:
             return series.instances
         return read_series(self.json(dict, "GET", f"/series/{series.id}")).instances or ()
 
-    def first_instances(self, series: Series, tags: Iterable[str]) -> list[tuple[str, Header]]:
-        """(ID, header) of the first instances of a series in the order received, the very first one included."""
-        query = {"SeriesInstanceUID": get_element(series.header, SERIES_UID)}
-        answers = self.find("Instance", query, tags, ("RequestedTags", "Parent"), OrderBy=RECEIVED, Limit=LOOKS)
-        return [(required_id(answer, "ID"), read_header(answer)) for answer in answers if answer.get("ParentSeries") == series.id]
+    def first_instances(self, series: Series, tags: Iterable[str]) -> Iterator[tuple[str, Header]]:
+        """(ID, header) of the first instances of a series in the order received, the very first one included.
+
+        By the series' ID, as a SeriesInstanceUID can stand under two patients; page by page where LimitFindInstances cuts.
+        """
+        wanted, seen = min(LOOKS, whole(series.header.get(INSTANCES_OF_SERIES)) or LOOKS), 0
+        while seen < wanted:
+            page = self.find("Instance", {}, tags, ("RequestedTags", "Parent"), ParentSeries=series.id, OrderBy=RECEIVED, Since=seen, Limit=wanted - seen)
+            for answer in page:
+                if answer.get("ParentSeries") == series.id:
+                    yield required_id(answer, "ID"), read_header(answer)
+            if not page:
+                return
+            seen += len(page)
 
     def header_of(self, instance: str, series: Series) -> Header:
         """The header of one instance, what belongs to the study as the server keeps it.
@@ -919,7 +938,7 @@ def certificates(url: str) -> Any:
 def growing_wait(tries: int) -> float:
     """Seconds before the next try, doubled each time, with jitter, so that several runs do not knock in step."""
     import random
-    return FIRST_WAIT * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
+    return min(FIRST_WAIT * 2 ** (tries - 1), TALLEST_WAIT) * random.uniform(0.75, 1.25)
 
 
 def retry_after(text: str | None) -> float | None:
@@ -1069,21 +1088,28 @@ def fetch_accession(server: Server, accession: str, known: list[Study], whole_kn
 
 
 def whole_accession(server: Server, accession: str, known: list[Study], whole_known: bool, options: Options) -> tuple[list[Study], list[Series]]:
-    """All studies and all series of an accession, checked against each study's own count of series."""
-    studies, series = known, []
+    """All studies and all series of an accession, in order, checked against each study's own count of series."""
     if not whole_known and (not server.requested or not PLAIN.fullmatch(accession)):
-        studies, whole_known = server.studies_of(accession)[0], True
-    if server.requested:
-        series = server.series_of(accession, studies, options.tags)
-        if not whole_known and {one.study for one in series} != {study.id for study in studies}:
+        known, whole_known = server.studies_of(accession)[0], True
+    studies, series = requested_accession(server, accession, known, whole_known, options) if server.requested else (known, [])
+    if not studies or missing_series(studies, series):
+        if server.requested:
             studies = server.studies_of(accession)[0]
-        if studies and not missing_series(studies, series):
-            return in_study_order(studies, series)
-    studies = server.studies_of(accession)[0] if server.requested else studies
-    series = [one for study in studies for one in server.list_series(study)]
+        series = [one for study in studies for one in server.list_series(study)]
     if not studies or missing_series(studies, series):
         raise StudyError("changed on the server while it was read, not stored; run again")
     return in_study_order(studies, series)
+
+
+def requested_accession(server: Server, accession: str, known: list[Study], whole_known: bool, options: Options) -> tuple[list[Study], list[Series]]:
+    """The series of an accession by one request, and its studies: asked for where the series show, or may hide, others than the known ones."""
+    most = server.most
+    answers = server.series_of(accession, known, options.tags)
+    series = [one for one in answers if get_element(one.header, ACCESSION) == accession]
+    cut = not server.extended and len(answers) >= most    # as many as were ever seen of it: there may be more
+    if not whole_known and (cut or {one.study for one in series} != {study.id for study in known}):
+        known = server.studies_of(accession)[0]
+    return known, series
 
 
 def missing_series(studies: Iterable[Study], series: Iterable[Series]) -> bool:
@@ -1103,7 +1129,7 @@ def with_headers(server: Server, studies: list[Study], series: list[Series]) -> 
 
     The keys are absent then: older servers, and those with StorageAccessOnFind "Never".
     """
-    if any(is_blind(one) and one.instances is None for one in series):
+    if any(is_blind(one) and one.instances is None for one in series):    # lists by ID, or told by a find
         instances = server.instances_of(studies) if server.extended else \
             {one.id: one.instances for study in studies for one in server.list_series(study)}
         series = [one._replace(instances=instances.get(one.id, ())) if is_blind(one) else one for one in series]
@@ -1202,6 +1228,8 @@ def siblings(server: Server, series: Series, options: Options, limit: int) -> It
         for instance, header in server.first_instances(series, options.tags):
             if header.get(SOP_UID) != series.header.get(SOP_UID):
                 yield instance, header
+            if server.asked() >= limit:
+                return
         return
     first = server.instance_of(series)
     for instance in server.instance_list(series)[:LOOKS]:
@@ -1222,7 +1250,7 @@ def fall_back(server: Server, series: Series, found: Measured, limit: int) -> tu
     seconds, source = None, ""
     if found.duration.value is None:
         seconds, source = stated_duration(found.header), f"AcquisitionDuration ({DURATION_SECONDS})"
-    elif found.duration.value < 1 and "DERIVED" not in (get_element(found.header, IMAGE_TYPE) or "").split("\\") and server.asked() < limit:
+    elif found.sar.value is not None and found.duration.value < 1 and "DERIVED" not in (get_element(found.header, IMAGE_TYPE) or "").split("\\") and server.asked() < limit:
         seconds, source = siemens_protocol(server, found.instance or server.instance_of(series), found.header), "the protocol's lTotalScanTimeSec"
     if seconds is not None:
         found = found._replace(duration=Reading(seconds))
@@ -1399,23 +1427,27 @@ def upsert(conn: sqlite3.Connection, table: str, row: dict[str, Any]) -> None:
                  f"ON CONFLICT({columns[0]}) DO UPDATE SET {changes}", [row[column] for column in columns])
 
 
-def store_study(acc: str, conn: Database, study: dict[str, Any], series: list[dict[str, Any]]) -> None:
+def store_study(acc: str, conn: Database, study: dict[str, Any], series: list[dict[str, Any]], replace: bool = True) -> int:
     """Store one accession in one transaction: its row and exactly these series, gone ones out.
 
-    Raises StudyError where a series is stored under another accession already: it is never moved.
+    Without `replace` nothing that is stored is changed or taken out, only new series come in. Returns how many stored
+    series were not among these and stayed: a study may be gone from the server, or another run was faster. Raises StudyError where a series is stored under another accession already: it is never moved.
     """
     with database_errors(conn.path), transaction(conn):
         for row in series:
             other = conn.execute("SELECT accession FROM series WHERE series_uid = ? AND accession <> ?", (row["series_uid"], acc)).fetchone()
             if other:
                 raise StudyError(f"has a series {row['series_uid']} that is stored under accession {printable(other[0])} already, not stored")
-        upsert(conn, "studies", study)
-        kept = {row["series_uid"] for row in series}
-        for (uid,) in conn.execute("SELECT series_uid FROM series WHERE accession = ?", (acc,)).fetchall():
-            if uid not in kept:
-                conn.execute("DELETE FROM series WHERE series_uid = ?", (uid,))
+        stored = {uid for (uid,) in conn.execute("SELECT series_uid FROM series WHERE accession = ?", (acc,))}
+        gone = stored - {row["series_uid"] for row in series}
+        if replace or not gone:
+            upsert(conn, "studies", study)
+        for uid in gone if replace else ():
+            conn.execute("DELETE FROM series WHERE series_uid = ?", (uid,))
         for row in series:
-            upsert(conn, "series", row)
+            if replace or row["series_uid"] not in stored:
+                upsert(conn, "series", row)
+    return 0 if replace else len(gone)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1527,9 +1559,10 @@ def plan(run: Run, tokens: Iterable[Accession | Dates], conn: Database | None) -
     unseen = [want for want in run.wants.values() if want.again and want.named and not want.dated]
     if unseen:
         aside(lambda: run.server.extended)    # the first contact, before several threads make it
-    with contextlib.closing(in_order(lambda want: run.server.studies_of(want.accession), unseen, run.jobs)) as results:
+    with progress_bar(len(unseen)) as bar, contextlib.closing(in_order(lambda want: run.server.studies_of(want.accession), unseen, run.jobs)) as results:
         for want, found in results:
             note_found(run, want, found)
+            bar.update()
     for want in run.wants.values():
         want.again = want.again or want.dated and want.stored not in want.dates
     todo = [want for want in run.wants.values() if want.again]
@@ -1649,7 +1682,7 @@ def attempt(work: Callable, item: Any) -> Any:
     """The result, or the exception as a value: it is looked at where results are taken, in order."""
     try:
         return work(item)
-    except Exception as error:    # whatever it is, the main thread raises it again or reports it
+    except BaseException as error:    # a thread that died of it would be waited for: the main thread raises it again
         return error
 
 
@@ -1675,7 +1708,7 @@ def finish(run: Run, want: Want, result: Any, conn: Database, out) -> None:
     try:
         if isinstance(result, BaseException):
             raise result
-        store_study(want.accession, conn, result.study, result.series)
+        stayed = store_study(want.accession, conn, result.study, result.series, run.options.force)
     except NoImages as error:
         if want.named:
             run.failure(f"{name}: {error}")
@@ -1692,6 +1725,8 @@ def finish(run: Run, want: Want, result: Any, conn: Database, out) -> None:
     run.tally.short += result.short
     for level, note in result.notes:
         log.log(level, "%s: %s", name, printable(note))
+    if stayed:
+        log.warning("%s: %d stored series were not on the server this time and stay as they are; --force takes them out", name, stayed)
     log.info("%s: %d series stored, %d skipped", name, len(result.series), result.skipped.total())
     if want.dated:
         out(name)
@@ -1708,7 +1743,7 @@ logging.addLevelName(SUMMARY, "INFO")
 
 def printable(text: str) -> str:
     """Text that cannot move a cursor or forge a line: what is not printable becomes U+FFFD."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def quoted(text: str) -> str:
@@ -1861,6 +1896,7 @@ class Parser(argparse.ArgumentParser):
     """Usage errors in one line."""
 
     def error(self, message: str):
+        message = re.sub(r"//[^/@\s]*@", "//…@", message)    # a mistyped --url can hold a password
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 

@@ -289,7 +289,8 @@ class StandIn(Endpoint):
             raise BadRequest(f"Invalid resource type '{level}'")
         patterns = {tag_of(name): pattern for name, pattern in query.items()}
         members = self.members(level)
-        found = [identifier for identifier, held in members.items() if self.matches(level, held[0], patterns)]
+        found = [identifier for identifier, held in members.items() if self.matches(level, held[0], patterns)
+                 and (self.old or asked.get("ParentSeries") in (None, held[0].ids["Series"]))]
         if self.old:
             found = found[:self.cap + 1] if self.cap else found    # cut in the order received, before they are sorted
         if asked.get("OrderBy", RECEIVED) != RECEIVED:
