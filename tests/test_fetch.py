@@ -342,3 +342,31 @@ def test_force_replaces_the_set_of_series(fresh, home):
     assert [row["series_number"] for row in home.series()] == [1, 2, 3]
     assert home.run("-f", "ESET", url=server.url).status == 0
     assert [(row["series_number"], row["sar"]) for row in home.series()] == [(1, 0.5), (3, 0.75), (4, 0.5)]
+
+
+def test_without_force_nothing_stored_is_changed_or_taken_out(fresh, home):
+    """A study of a split scan can be gone from the server when the other half is asked for; --fallback can have been given before."""
+    server = fresh()
+    server.upload(instance("EHALF", study="half a", series=1, StudyDate="20240427", ta="TA 00.04", change=protocol),
+                  instance("EHALF", study="half b", series=2, StudyDate="20240428"))
+    server.settle()
+    assert home.run("--fallback", "20240427", url=server.url).status == 0
+    server.client.delete("/series/" + server.find_id("Series", SeriesInstanceUID=uid("half b", 2))).raise_for_status()
+    server.upload(instance("EHALF", study="half c", series=3, StudyDate="20240429"))
+    server.settle()
+    ran = home.run("20240429", url=server.url)
+    assert ran.status == 0 and "WARNING EHALF: 1 stored series were not on the server this time and stay as they are" in ran.err
+    assert [(row["series_number"], row["duration"]) for row in home.series()] == [(1, 450), (2, 60), (3, 60)]
+    assert home.run("--force", "EHALF", url=server.url).status == 0
+    assert [(row["series_number"], row["duration"]) for row in home.series()] == [(1, 0), (3, 60)]
+
+
+def test_the_second_look_is_among_the_series_own_instances_where_two_patients_share_its_uid(fresh, home):
+    server = fresh()
+    shared = uid("shared series")
+    server.upload(*(instance("EFIRST", study="first", series=1, number=number, SeriesInstanceUID=shared, StudyInstanceUID=uid("shared")) for number in range(1, 8)),
+                  *(instance("ESECOND", study="second", series=1, number=number, SeriesInstanceUID=shared, StudyInstanceUID=uid("shared"), sar="0.25",
+                             change=raw_object if number == 1 else None) for number in range(1, 4)))
+    server.settle()
+    assert home.run("ESECOND", url=server.url).status == 0
+    assert [row["sar"] for row in home.series()] == [0.25]

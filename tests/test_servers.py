@@ -238,3 +238,57 @@ def test_the_database_is_readable_by_its_owner_alone(server, home, archive_of_tw
     finally:
         os.umask(old)
     assert stat.S_IMODE(home.db.stat().st_mode) == 0o600
+
+
+def test_the_first_instance_received_gives_the_values_also_when_the_study_is_listed_anew(server, home):
+    """A series answer that does not fit the study's count is checked against the study's own list, which newer servers sort by ID."""
+    server.upload(*(instance("ELISTED", number=number, sar=f"0.{number}", StudyDate="20230608") for number in (7, 2, 9, 1, 5)), instance("ELISTED", series=2, StudyDate="20230608"))
+    server.settle()
+
+    def shorter(answer):
+        return answer._replace(body=program.json.dumps(program.json.loads(answer.body)[:1]).encode())
+    with Proxy(server.url) as proxy:
+        proxy.misbehave = lambda count, request: shorter if request.kind == "find series" else None
+        assert home.run("ELISTED", url=proxy.url).status == 0
+    assert [row["sar"] for row in home.series()] == [0.7, 0.5]
+
+
+def test_a_limit_on_instances_does_not_cut_the_second_look(servers, home):
+    server = servers(LimitFindInstances=2)
+    if not server.extended:
+        pytest.skip("older servers list the instances of a series, to which no limit applies")
+
+    def raw_object(ds):
+        for tag in (0x00181316, 0x00510010, 0x0051100A):
+            del ds[tag]
+    server.upload(*(instance("ELATE", number=number, change=raw_object if number < 4 else None) for number in range(1, 9)))
+    server.settle()
+    assert home.run("ELATE", url=server.url).status == 0
+    assert len(home.series()) == 1
+
+
+def test_a_second_study_is_not_lost_to_a_limit_where_only_requested_tags_are_known(server, home):
+    """Orthanc 1.11 to 1.12.4: RequestedTags are answered, no Since reaches what a limit hides. Cut to four, the series of the first study fit its count."""
+    if not server.extended:
+        pytest.skip("needs a server that answers RequestedTags")
+    server.upload(*(instance("EBOTH", study=f"both {day}", series=day * 10 + number, StudyDate=f"2023070{day}") for day, count in ((1, 4), (2, 2)) for number in range(count)))
+    server.settle()
+
+    class Between(Proxy):
+        """The newer server as one between: no word of extended find, and a limit of four on studies and series."""
+
+        def answer(self, request):
+            answer = super().answer(request)
+            told = program.json.loads(answer.body) if answer.status == 200 else None
+            if request.path == "/system":
+                told.pop("Capabilities")
+            elif request.kind == "find series":
+                told = sorted(told, key=lambda one: one["RequestedTags"]["0008,0020"])[:4]
+            elif request.path == "/statistics":
+                told["CountStudies"] = 2
+            elif request.kind == "find study" and not request.json["Query"]:
+                told = told[:2]
+            return answer._replace(body=program.json.dumps(told).encode(), headers=())
+    with Between(server.url) as between:
+        assert home.run("20230701", url=between.url).status == 0
+    assert len(home.series("EBOTH")) == 6
