@@ -393,6 +393,7 @@ def digits_of(day: datetime.date) -> str:
 
 
 def days_of(first: datetime.date, last: datetime.date) -> list[datetime.date]:
+    """Every day from first to last, both included."""
     return [datetime.date.fromordinal(day) for day in range(first.toordinal(), last.toordinal() + 1)]
 
 
@@ -482,6 +483,7 @@ def extract_duration(header: Header) -> Reading:
 
 
 def measure(header: Header, instance: str | None = None) -> Measured:
+    """SAR and duration as one instance states them."""
     return Measured(header, extract_sar(header), extract_duration(header), instance)
 
 
@@ -516,6 +518,7 @@ def extract_study(headers: list[Header], accession: str) -> dict[str, Any]:
 
 
 def series_order(header: Header) -> tuple:
+    """Key to sort series by SeriesNumber, a missing one last, then by UID."""
     position = whole(header.get("0020,0011"))
     return position is None, position or 0, get_element(header, SERIES_UID) or ""
 
@@ -966,10 +969,12 @@ ORTHANC_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", re.ASCII)
 
 
 def is_id(value: Any) -> bool:
+    """Whether a value is an Orthanc ID: five groups of eight hexadecimal digits."""
     return isinstance(value, str) and ORTHANC_ID.fullmatch(value) is not None
 
 
 def required_id(answer: Header, key: str) -> str:
+    """A member of a record that must be an Orthanc ID. Raises ServerError."""
     value = required(answer, key, str)
     if not is_id(value):
         raise ServerError(f"the server sent a record whose {key} is no Orthanc ID")
@@ -977,6 +982,7 @@ def required_id(answer: Header, key: str) -> str:
 
 
 def required(answer: Header, key: str, kind: type) -> Any:
+    """A member of a record that must be there, of that JSON type. Raises ServerError."""
     value = answer.get(key)
     if not isinstance(value, kind):
         raise ServerError(f"the server sent a record whose {key} is {'missing' if value is None else 'a ' + type(value).__name__}")
@@ -1013,10 +1019,12 @@ def hexadecimal(tag: str) -> str:
 
 
 def uid_list(studies: Iterable[Study]) -> str:
+    """StudyInstanceUIDs as a query wants them: a list is separated by backslashes (PS3.4 C.2.2.2.2)."""
     return "\\".join(sorted({study.uid for study in studies}))
 
 
 def read_study(answer: Header) -> Study:
+    """A study record of any server version. Raises ServerError where something needed is missing or of another type."""
     header = read_header(answer)
     listed = answer.get("Series")
     count = len(listed) if isinstance(listed, list) else whole(header.get(SERIES_OF_STUDY))
@@ -1031,6 +1039,7 @@ def read_study(answer: Header) -> Study:
 
 
 def read_series(answer: Header) -> Series:
+    """A series record of any server version. Raises ServerError where something needed is missing or of another type."""
     instances = answer.get("Instances")
     if not (instances is None or isinstance(instances, list) and all(map(is_id, instances))):
         raise ServerError("the server sent a series whose instances are no list of IDs")
@@ -1113,6 +1122,7 @@ def requested_accession(server: Server, accession: str, known: list[Study], whol
 
 
 def missing_series(studies: Iterable[Study], series: Iterable[Series]) -> bool:
+    """Whether a study has fewer series here than it counts itself, or a series belongs to none of the studies."""
     counts = Counter(one.study for one in series)
     return any(counts[study.id] < study.series for study in studies) or not counts.keys() <= {study.id for study in studies}
 
@@ -1137,6 +1147,7 @@ def with_headers(server: Server, studies: list[Study], series: list[Series]) -> 
 
 
 def is_blind(series: Series) -> bool:
+    """Whether the server did not look into the file: the keys of SAR and duration are absent, not null."""
     return not {SAR, TIME_OF_ACQUISITION} <= series.header.keys()
 
 
@@ -1362,6 +1373,7 @@ def read_columns(conn: sqlite3.Connection, table: str) -> dict[str, int]:
 
 
 def check_columns(path: str, tables: dict[str, dict[str, int]]) -> None:
+    """Refuse a database whose tables lack columns or their primary key; tables that are not there yet are none. Raises RunError."""
     faults = []
     for table, columns in tables.items():
         missing = [field.column for field in TABLES[table] if field.column not in columns]
