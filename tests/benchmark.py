@@ -105,8 +105,9 @@ with httpx.Client(timeout=600, trust_env=False) as client:
 # What the program does before it can ask anything: compile itself (Python keeps no bytecode of a script) and import.
 START = '''
 import runpy, sys
-runpy.run_path(sys.argv[1], run_name="not_main")
-import httpcore, httpx, pyorthanc
+program = runpy.run_path(sys.argv[1], run_name="not_main")
+import httpcore, httpx
+program["client_class"]()
 '''
 
 

@@ -1,4 +1,5 @@
 """The same from every server: versions, limits on results, storage access, authentication, https, reverse proxies."""
+import json
 import os
 import ssl
 import stat
@@ -43,7 +44,7 @@ def test_nothing_is_lost_to_a_limit_on_results_or_the_days_are_named(servers, ho
 def test_a_server_that_cuts_the_series_answer_is_noticed_by_the_study_s_own_count(archive_of_twelve, home):
     """Should the server forget what `Limit: 0` means: the list of the study itself has no limit."""
     def shorter(answer):
-        return answer._replace(body=program.json.dumps(program.json.loads(answer.body)[:5]).encode())
+        return answer._replace(body=json.dumps(json.loads(answer.body)[:5]).encode())
     with Proxy(archive_of_twelve.url) as proxy:
         proxy.misbehave = lambda count, request: shorter if request.kind == "find series" else None
         assert home.run("ETWELVE", url=proxy.url).status == 0
@@ -55,7 +56,7 @@ def test_a_server_that_cuts_the_study_answer_is_asked_for_the_rest(archive_of_tw
         pytest.skip("needs a server with extended find: on others no Since reaches the rest")
 
     def shorter(answer):
-        return answer._replace(body=program.json.dumps(program.json.loads(answer.body)[:2]).encode())
+        return answer._replace(body=json.dumps(json.loads(answer.body)[:2]).encode())
     with Proxy(archive_of_twelve.url) as proxy:
         proxy.misbehave = lambda count, request: shorter if request.kind == "find study" and request.json["Limit"] == 0 else None
         assert home.run("20230607", url=proxy.url).printed == ["ETA", "ETB", "ETC", "ETD", "ETWELVE"]
@@ -246,7 +247,7 @@ def test_the_first_instance_received_gives_the_values_also_when_the_study_is_lis
     server.settle()
 
     def shorter(answer):
-        return answer._replace(body=program.json.dumps(program.json.loads(answer.body)[:1]).encode())
+        return answer._replace(body=json.dumps(json.loads(answer.body)[:1]).encode())
     with Proxy(server.url) as proxy:
         proxy.misbehave = lambda count, request: shorter if request.kind == "find series" else None
         assert home.run("ELISTED", url=proxy.url).status == 0
@@ -279,7 +280,7 @@ def test_a_second_study_is_not_lost_to_a_limit_where_only_requested_tags_are_kno
 
         def answer(self, request):
             answer = super().answer(request)
-            told = program.json.loads(answer.body) if answer.status == 200 else None
+            told = json.loads(answer.body) if answer.status == 200 else None
             if request.path == "/system":
                 told.pop("Capabilities")
             elif request.kind == "find series":
@@ -288,7 +289,7 @@ def test_a_second_study_is_not_lost_to_a_limit_where_only_requested_tags_are_kno
                 told["CountStudies"] = 2
             elif request.kind == "find study" and not request.json["Query"]:
                 told = told[:2]
-            return answer._replace(body=program.json.dumps(told).encode(), headers=())
+            return answer._replace(body=json.dumps(told).encode(), headers=())
     with Between(server.url) as between:
         assert home.run("20230701", url=between.url).status == 0
     assert len(home.series("EBOTH")) == 6

@@ -48,8 +48,8 @@ def serve(connection: socket.socket) -> None:
     """Fork for each message: length, JSON, and the three standard streams."""
     sys.path.insert(0, str(PROGRAM.parent))
     import httpx  # noqa: F401
-    import pyorthanc  # noqa: F401
     import store_study_info
+    store_study_info.client_class()
     while True:
         data, ancillary, _, _ = connection.recvmsg(1 << 20, socket.CMSG_SPACE(3 * 4))
         if not data:
