@@ -596,7 +596,7 @@ class Server:
         self._credentials = credentials
         self._client: Any = None
         self._extended: bool | None = None
-        self._asked = threading.local()
+        self._thread = threading.local()    # of each: count, the requests made; end, when its answer must be whole
 
     # -- one request -----------------------------------------------------------------------------------------------
 
@@ -613,7 +613,7 @@ class Server:
 
     def asked(self) -> int:
         """How many requests this thread has made, repeated ones counted once."""
-        return getattr(self._asked, "count", 0)
+        return getattr(self._thread, "count", 0)
 
     def ask(self, method: str, path: str, body: Any = None, raw: bool = False, cut: bytes | None = None) -> bytes | None:
         """One answer, the request repeated where that can help.
@@ -622,7 +622,7 @@ class Server:
         a JSON object, the answer ends before it and the rest is not read. Raises ServerError for this request,
         RunError where the run cannot go on.
         """
-        self._asked.count = self.asked() + 1
+        self._thread.count = self.asked() + 1
         began, waited, tries, stale = time.monotonic(), 0.0, 0, False
         while True:
             try:
@@ -656,7 +656,7 @@ class Server:
         client = self.client    # first of all: it says which package is missing
         import httpx
         try:
-            with client.stream(method, self.url + path, json=body) as response:
+            with client.stream(method, self.url + path, json=body, extensions={"trace": self._watch}) as response:
                 self.answered = time.monotonic()
                 if response.status_code == 404 and raw:
                     return None
@@ -665,9 +665,9 @@ class Server:
                     raise ServerError(f"{self.url} answered {path} with something else than the bytes of an element")
                 return self._read(response, path, cut)
         except httpx.TimeoutException as error:
-            contact = not isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout))
-            tries, seconds = (TIMEOUT_TRIES, self.timeout) if contact else (TRIES // 2, min(CONNECT_SECONDS, self.timeout))
-            raise TransientError(f"{self.url} did not answer {path} within {seconds:g} s", tries, contact=contact) from None
+            if isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout)):
+                raise TransientError(f"{self.url} cannot be reached within {min(CONNECT_SECONDS, self.timeout):g} s", TRIES // 2, contact=False) from None
+            raise TransientError(f"{self.url} did not answer {path} completely within {self.timeout:g} s", TIMEOUT_TRIES) from None
         except httpx.ConnectError as error:
             raise self._no_connection(error) from None
         except httpx.TransportError as error:
@@ -675,6 +675,28 @@ class Server:
             raise TransientError(f"{self.url} broke the connection while answering {path} ({type(error).__name__})", stale=stale) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise ServerError(f"{self.url} answered {path} with something that is no HTTP: {type(error).__name__}") from None
+
+    def _watch(self, event: str, info: dict[str, Any]) -> None:
+        """httpcore's trace of a request: from when it was sent the whole answer, header and body, has the time-out's seconds.
+
+        A time-out of each read alone would let a server drip for ever. A connection is used by several threads, one at a time.
+        """
+        if event == "http11.receive_response_headers.started":
+            self._thread.end = time.monotonic() + self.timeout
+        elif event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            stream = info["return_value"]
+            stream.read = self._in_time(stream.read)
+
+    def _in_time(self, read: Callable) -> Callable:
+        """A connection's `read` that ends when the time of the reading thread's answer does."""
+        import httpx
+
+        def read_in_time(max_bytes: int, timeout: float | None = None) -> bytes:
+            left = self._thread.end - time.monotonic()
+            if left <= 0:
+                raise httpx.ReadTimeout("the time for the whole answer is over")
+            return read(max_bytes, left)
+        return read_in_time
 
     def _no_connection(self, error: BaseException) -> StudyInfoError:
         import ssl
@@ -706,20 +728,19 @@ class Server:
         raise ServerError(text)
 
     def _read(self, response, path: str, cut: bytes | None) -> bytes:
-        """The body, bounded in bytes and in time: a read timeout alone would let a server drip for ever."""
-        data, end = bytearray(), time.monotonic() + self.timeout
+        """The body, bounded in bytes."""
+        data = bytearray()
         for chunk in response.iter_bytes():
             data += chunk
             if cut and (mark := data.find(cut)) >= 0:
                 return bytes(data[:mark]).rstrip(b", \r\n") + b"}"
             if len(data) > ANSWER_BYTES:
                 raise ServerError(f"{self.url} answered {path} with more than {ANSWER_BYTES >> 20} MB")
-            if time.monotonic() > end:
-                raise TransientError(f"{self.url} did not finish its answer to {path} within {self.timeout:g} s", TIMEOUT_TRIES)
         return bytes(data)
 
     def json(self, kind: type, method: str, path: str, body: Any = None, cut: bytes | None = None) -> Any:
         """The answer as JSON of the type `kind`. Its text is never quoted in an error: it can hold patient data."""
+        import json
         data = self.ask(method, path, body, cut=cut)
         try:
             answer = json.loads(data)
@@ -740,7 +761,6 @@ class Server:
                 system = self.json(dict, "GET", "/system")
             except ServerError as error:
                 raise RunError(f"{error}; is --url Orthanc's own address, as in http://host:8042?") from None
-        import json
             if "Version" not in system:
                 raise RunError(f"{self.url} is no Orthanc server: its /system names no Version")
             capabilities = system.get("Capabilities")
@@ -914,6 +934,25 @@ def open_client(url: str, credentials: Credentials | None, timeout: float):
     return client
 
 
+@functools.cache
+def client_class() -> type:
+    """pyorthanc's client, from its own module: the package's `__init__` imports all of pydicom, asyncio and more.
+
+    That took half of the time of a run on a month (0.1 s of 0.2 s on two cores). A release whose client needs more of
+    its package imports that itself, and one that keeps it elsewhere is imported whole.
+    """
+    import importlib.machinery
+    import importlib.util
+    package = importlib.util.find_spec("pyorthanc")
+    spec = package and importlib.machinery.PathFinder.find_spec("pyorthanc.client", package.submodule_search_locations or [])
+    if spec is None or spec.loader is None:
+        from pyorthanc import Orthanc
+        return Orthanc
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Orthanc
+
+
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """Around imports of packages whose 20,000 objects come to stay: looking for garbage among them costs a tenth of the import."""
@@ -934,25 +973,6 @@ def certificates(url: str) -> Any:
     try:
         return ssl.create_default_context(cafile=authorities)
     except OSError as error:
-@functools.cache
-def client_class() -> type:
-    """pyorthanc's client, from its own module: the package's `__init__` imports all of pydicom, asyncio and more.
-
-    That took half of the time of a run on a month (0.1 s of 0.2 s on two cores). A release whose client needs more of
-    its package imports that itself, and one that keeps it elsewhere is imported whole.
-    """
-    import importlib.machinery
-    import importlib.util
-    package = importlib.util.find_spec("pyorthanc")
-    spec = package and importlib.machinery.PathFinder.find_spec("pyorthanc.client", package.submodule_search_locations or [])
-    if spec is None or spec.loader is None:
-        from pyorthanc import Orthanc
-        return Orthanc
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Orthanc
-
-
         raise UsageError(f"SSL_CERT_FILE {printable(authorities or '')} cannot be read: {reason_of(error)}") from None
 
 
@@ -2029,6 +2049,7 @@ def check_csv(path: str | None, database: str) -> None:
 def check_packages() -> None:
     if sys.version_info < (3, 10):
         raise RunError(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
+    import importlib.util
     missing = [name for name in ("pyorthanc", "pydicom") if importlib.util.find_spec(name) is None]
     if missing:
         raise missing_packages(*missing)
@@ -2049,7 +2070,6 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     path = os.path.abspath(arguments.db)
     check_csv(arguments.csv, path)
     credentials, where = find_credentials(host, arguments.netrc)
-    import importlib.util
     check_packages()
     conn = open_database(path) if check_database_file(path) else None
     options = Options(arguments.force, arguments.fallback, digits_of(today))

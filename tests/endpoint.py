@@ -101,6 +101,20 @@ def slow(handler, answer):
 
 
 @fault
+def slow_header(handler, answer):
+    """A header that drips, a byte every 50 ms."""
+    try:
+        for byte in b"HTTP/1.1 200 OK\r\nX-Filler: ".ljust(2000, b"x"):
+            handler.wfile.write(bytes([byte]))
+            handler.wfile.flush()
+            if handler.endpoint.stopping.wait(0.05):
+                break
+    except OSError:
+        pass
+    handler.drop()
+
+
+@fault
 def html(handler, answer):
     """A page of some proxy, with status 200."""
     handler.send(Answer(200, b"<html><body>Please log in</body></html>", "text/html"))

@@ -26,7 +26,7 @@ for code in (401, 403):
 
 Server = program.Server
 CURABLE = {"status 429", "status 502", "status 503", "status 504", "reset", "close", "cut", "no http"}
-TIMEOUTS = {"hang", "slow"}
+TIMEOUTS = {"hang", "slow", "slow header"}
 DENIED = {"status 401", "status 403"}
 GENERATIONS = pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
 
