@@ -1508,23 +1508,23 @@ CSV_STUDY = [field.column for field in STUDY_FIELDS]
 CSV_SERIES = [field.column for field in SERIES_FIELDS if field.column != "accession"]
 
 
-def csv_rows(conn: Database, accessions: Iterable[str]) -> Iterator[tuple]:
+def csv_rows(conn: Database | None, accessions: Iterable[str]) -> Iterator[tuple]:
     """The header, then one row a series in the order of the accessions; a study without series has one row."""
     yield (*CSV_STUDY, *CSV_SERIES)
     columns = ", ".join([f"studies.{column}" for column in CSV_STUDY] + [f"series.{column}" for column in CSV_SERIES])
-    for accession in accessions:
+    for accession in accessions if conn else ():
         yield from patiently(conn, f"SELECT {columns} FROM studies LEFT JOIN series ON series.accession = studies.accession "
                                 "WHERE studies.accession = ? ORDER BY series_number IS NULL, series_number, series_uid", (accession,))
 
 
-def write_csv(path: str, conn: Database, accessions: Iterable[str]) -> None:
-    """Written beside the file and moved into its place when complete; readable by its owner alone."""
+def write_csv(path: str, conn: Database | None, accessions: Iterable[str]) -> None:
+    """The header alone where there is no database yet. Written beside the file and moved into its place when complete; readable by its owner alone."""
     import csv
     import tempfile
     target = os.path.realpath(path)
     temporary = None
     try:
-        with database_errors(conn.path), tempfile.NamedTemporaryFile(
+        with database_errors(conn.path if conn else ""), tempfile.NamedTemporaryFile(
                 "w", encoding="utf-8", newline="", dir=os.path.dirname(target), prefix=".", suffix=".csv", delete=False) as file:
             temporary = file.name
             # Before Python 3.13 a lone CR is quoted only where the line terminator has one.
@@ -1597,15 +1597,17 @@ class Run(NamedTuple):
         log.error("%s", printable(text))
 
 
-def plan(run: Run, tokens: Iterable[Accession | Dates], conn: Database | None) -> list[Want]:
+def plan(run: Run, tokens: list[Accession | Dates], conn: Database | None) -> list[Want]:
     """Ask what the tokens mean; the accessions to fetch, by study date, then accession."""
+    dates = [token for token in tokens if isinstance(token, Dates)]
     for token in tokens:
-        if isinstance(token, Dates):
-            process_date_arg(token, conn, run)
-        else:
+        if isinstance(token, Accession):
             want = run.want(token.text)
             want.named = True
             note_stored(want, conn, run.options)
+    with progress_bar(sum(1 for token in dates for _ in months_of(token)), "month") as bar:
+        for token in dates:
+            process_date_arg(token, conn, run, bar.update)
     unseen = [want for want in run.wants.values() if want.again and want.named and not want.dated]
     if unseen:
         aside(lambda: run.server.extended)    # the first contact, before several threads make it
@@ -1645,8 +1647,8 @@ def note_found(run: Run, want: Want, found: Any) -> None:
     want.dates.update(study.date for study in studies if study.date)
 
 
-def process_date_arg(token: Dates, conn: Database | None, run: Run) -> None:
-    """Find the accessions of a date token, month by month. What could not be listed is said, and the rest goes on."""
+def process_date_arg(token: Dates, conn: Database | None, run: Run, listed: Callable[[], Any]) -> None:
+    """Find the accessions of a date token, month by month, and call `listed` after each. What could not be listed is said, and the rest goes on."""
     for first, last in months_of(token):
         span = digits_of(first) if first == last else f"{digits_of(first)}-{digits_of(last)}"
         try:
@@ -1655,6 +1657,8 @@ def process_date_arg(token: Dates, conn: Database | None, run: Run) -> None:
             run.tally.doubtful += 1
             log.error("%s: cannot be listed: %s", span, error)
             continue
+        finally:
+            listed()
         for day in doubtful:
             run.tally.doubtful += 1
             log.error("%s: may be incomplete, %s cuts its answers (LimitFindResults); name the missing accessions themselves", digits_of(day), run.server.url)
@@ -1841,7 +1845,7 @@ class NoBar:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int) -> Iterator[Any]:
+def progress_bar(total: int, unit: str = "study") -> Iterator[Any]:
     """A bar on stderr if that is a terminal; log lines and accessions are written around it."""
     tqdm = None
     if total and sys.stderr.isatty() and log.level != logging.WARNING:
@@ -1850,7 +1854,7 @@ def progress_bar(total: int) -> Iterator[Any]:
     if tqdm is None:
         yield NoBar()
         return
-    with tqdm(total=total, unit="study", file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=total, unit=unit, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
         LineHandler.bar = bar
         try:
             yield bar
@@ -2074,15 +2078,36 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     conn = open_database(path) if check_database_file(path) else None
     options = Options(arguments.force, arguments.fallback, digits_of(today))
     run = Run(Server(url, credentials, arguments.timeout, where), options, arguments.jobs, {}, tally)
-    todo = plan(run, tokens, conn)
-    conn = conn or open_database(path)
-    try:
-        fetch_and_store(run, todo, conn, (lambda name: None) if arguments.quiet else print_accession)
-        run.server.close()    # not after an interrupt: it would wait for the threads' requests
-    finally:
-        if arguments.csv and not isinstance(sys.exc_info()[1], Interrupted):
+
+    def also_csv() -> None:
+        if arguments.csv:
             write_csv(arguments.csv, conn, [want.accession for want in sorted(run.wants.values(), key=run_order)])
-        conn.close()
+
+    try:
+        with at_exit_0_and_1(also_csv):
+            todo = plan(run, tokens, conn)
+            conn = conn or open_database(path)
+            fetch_and_store(run, todo, conn, (lambda name: None) if arguments.quiet else print_accession)
+            run.server.close()    # not after an interrupt: it would wait for the threads' requests
+    finally:
+        if conn:
+            conn.close()
+
+
+@contextlib.contextmanager
+def at_exit_0_and_1(work: Callable[[], None]) -> Iterator[None]:
+    """Do the work at the end, not after a usage error or an interrupt. Trouble with it does not hide what ended the run."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except StudyInfoError:
+        try:
+            work()
+        except StudyInfoError as error:
+            log.error("%s", error)
+        raise
+    work()
 
 
 def main(argv: list[str] | None = None) -> int:

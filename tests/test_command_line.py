@@ -20,6 +20,8 @@ from conftest import PROGRAM
 from dicom_files import instance, study, uid
 from endpoint import Proxy
 
+import store_study_info as program
+
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
 
@@ -244,6 +246,39 @@ def test_csv_is_written_at_exit_0_and_1_but_not_2(archive, home, arguments, stat
     assert home.run("--csv", "out.csv", *arguments, url=archive.url).status == status
     assert ((home.folder / "out.csv").read_text() != "old\n") is written
     assert sorted(os.listdir(home.folder)) == sorted(["out.csv"] + ["study_info.db"] * written)
+
+
+@pytest.mark.parametrize("tokens, rows", [(["EC1A", "ENEW"], 2), (["202204"], 0)])
+def test_csv_is_written_at_exit_1_also_where_the_server_cannot_be_asked(archive, home, tokens, rows):
+    """An old file beside exit status 1 would pass for this run's."""
+    home.run("EC1A", url=archive.url)
+    (home.folder / "out.csv").write_text("old\n")
+    ran = home.run("--csv", "out.csv", *tokens, url="http://127.0.0.1:9")
+    assert ran.status == 1 and "cannot be reached" in ran.err
+    lines = (home.folder / "out.csv").read_text().splitlines()
+    assert lines[0].startswith("accession,patient_id,") and [line.split(",")[0] for line in lines[1:]] == ["EC1A"] * rows
+
+
+def test_csv_without_any_database_is_its_header(home):
+    assert home.run("--csv", "out.csv", "E1", url="http://127.0.0.1:9").status == 1
+    assert len((home.folder / "out.csv").read_text().splitlines()) == 1 and not home.db.exists()
+
+
+def test_trouble_with_the_csv_file_does_not_hide_what_ended_the_run(home, monkeypatch, capfd):
+    def full(*_):
+        raise program.RunError("CSV file out.csv cannot be written")
+    monkeypatch.chdir(home.folder)
+    monkeypatch.setattr(program, "write_csv", full)
+    monkeypatch.setattr(program, "FIRST_WAIT", 0)
+    assert program.main(["--url", "http://127.0.0.1:9", "--csv", "out.csv", "E1"]) == 1
+    first, second = capfd.readouterr().err.splitlines()
+    assert "out.csv cannot be written" in first and "cannot be reached" in second
+
+
+def test_an_unreadable_certificate_file_is_a_usage_error_and_leaves_the_csv_file(home):
+    (home.folder / "out.csv").write_text("old\n")
+    ran = home.run("--csv", "out.csv", "E1", url="https://127.0.0.1:9", env={"SSL_CERT_FILE": "no-such-file"})
+    assert ran.status == 2 and (home.folder / "out.csv").read_text() == "old\n"
 
 
 # -- databases that are none -----------------------------------------------------------------------------------------------
