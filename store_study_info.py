@@ -1235,8 +1235,11 @@ def _process_series(server: Server, series: Series, options: Options) -> tuple[M
     What is missing is looked for with MORE requests at most.
     """
     found, sources, limit = measure(series.header), [], server.asked() + MORE
-    if hidden_time(series.header) and (found.sar.value is not None or options.fallback):
+    hidden = hidden_time(series.header)
+    if hidden and (found.sar.value is not None or options.fallback):
         found = measure(with_hidden_time(server, server.instance_of(series), series.header))
+    elif hidden:
+        found = found._replace(duration=Reading(None, TIME_ABSENT, f"duration ({hidden}) is not told by the server and, without SAR, not asked for"))
     if not found.complete and may_be_elsewhere(found):
         better = second_look(server, series, options, limit)
         if better:
@@ -1353,7 +1356,7 @@ def database_errors(path: str) -> Iterator[None]:
         text, hint = printable(str(error)), ""
         for word, advice in (("readonly", "it or its folder may not be written: check the permissions"),
                              ("locked", f"another program has held it for {BUSY_SECONDS:.0f} s: run again later"),
-                             ("full", "make room, then run again"), ("unable to open", "check the path and the permissions"),
+                             ("full", "make room, then run again"), ("constraint failed", "a column or rule of your own refuses the row: give it a default, or drop it"), ("unable to open", "check the path and the permissions"),
                              ("malformed", "restore it from a copy, or move it away and acquire the studies again"),
                              ("not a database", "it is damaged: restore it from a copy, or move it away and acquire the studies again")):
             if word in text:

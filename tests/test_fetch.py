@@ -80,7 +80,7 @@ ARCHIVE = [
     *(instance("EPHILIPS", number=number, creator=None, ta=None, Manufacturer="Philips") for number in range(1, 10)),
     *(instance("EDIED", number=number, creator="Anon", ta="Anon") for number in range(1, 5)),
     instance("EBAD", series=1, ta="TA soon"), instance("EBAD", series=2, sar="-1"), instance("EBAD", series=3, sar=""), instance("EBAD", series=4, sar=None, ta=None, creator=None),
-    instance("EBAD", series=5, ta="TA 00.04"), instance("EBAD", series=6, ta="TA 00.48*5"),
+    instance("ENOSAR", syntax=ImplicitVRLittleEndian, sar=None), instance("EBAD", series=5, ta="TA 00.04"), instance("EBAD", series=6, ta="TA 00.48*5"),
     instance("EENHANCED", series=1, change=enhanced), instance("EENHANCED", series=2, change=lambda ds: enhanced(ds, per_frame=True, value=0.5)),
     instance("EENHANCED", series=3, change=lambda ds: enhanced(ds, kind="HEAD")),
     instance("EPROTOCOL", series=1, ta="TA 00.04", change=protocol), instance("EPROTOCOL", series=2, ta="TA 00.04", change=protocol, ImageType=["DERIVED", "PRIMARY"]),
@@ -240,6 +240,12 @@ def test_a_second_look_costs_at_most_six_requests_and_none_where_the_vendor_expl
         assert home.run(accession, url=proxy.url).status == 0
         further_series = 2 if accession == "EENHANCED" and not archive.extended else 0
         assert least <= len(proxy.requests) - plain - further_series <= most
+
+
+def test_a_time_that_was_not_asked_for_is_not_called_absent(archive, home):
+    """The server tells no private elements of Implicit VR files, and without SAR the series is not stored anyway."""
+    ran = home.run("-v", "ENOSAR", url=archive.url)
+    assert f"ENOSAR: series 1 ({uid('ENOSAR', 1)}) skipped: SAR (0018,1316) is absent; duration (0051,100a) is not told by the server and, without SAR, not asked for" in ran.err
 
 
 def test_every_skipped_series_has_a_reason_that_is_counted_and_with_v_named(archive, home):

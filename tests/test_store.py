@@ -149,6 +149,14 @@ def test_the_series_of_an_accession_are_found_by_an_index(conn):
     assert "USING INDEX" in plan
 
 
+def test_a_row_that_the_users_own_rule_refuses_is_a_sentence_that_says_so(path, conn):
+    conn.execute("CREATE UNIQUE INDEX mine ON studies(sex)")
+    put(conn, "E1", (1,))
+    with pytest.raises(store.RunError, match=f"^database {path}: UNIQUE constraint failed: studies.sex; a column or rule of your own refuses the row: .*drop it$"):
+        put(conn, "E2", (2,))
+    assert conn.execute("SELECT accession FROM studies").fetchall() == [("E1",)]
+
+
 def test_foreign_keys_hold_whatever_was_stored(conn):
     put(conn, "E1", (1, 2))
     put(conn, "E2", ())
