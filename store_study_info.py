@@ -653,6 +653,7 @@ class Server:
         return ServerError(text)
 
     def _once(self, method: str, path: str, body: Any, raw: bool, cut: bytes | None) -> bytes | None:
+        """One try of a request. Raises TransientError where another may help."""
         client = self.client    # first of all: it says which package is missing
         import httpx
         try:
@@ -699,6 +700,7 @@ class Server:
         return read_in_time
 
     def _no_connection(self, error: BaseException) -> StudyInfoError:
+        """What stands in the way of a connection: with https often the certificate."""
         import ssl
         cause: BaseException | None = error
         while cause is not None:
@@ -711,6 +713,7 @@ class Server:
         return TransientError(f"{self.url} cannot be reached ({printable(str(error)) or 'no connection'})", contact=False)
 
     def _check_status(self, response, path: str) -> None:
+        """Raise what a status other than 2xx means: for the run, for the study, or for this try alone."""
         status = response.status_code
         if 200 <= status < 300:
             return
@@ -1190,6 +1193,7 @@ def is_blind(series: Series) -> bool:
 
 
 def read_first(server: Server, series: Series) -> Series:
+    """The series with the header of its first instance, read from that. Raises StudyError where it has none (any more)."""
     if not series.instances:
         raise StudyError("lost an instance on the server while it was read, not stored; run again")
     return series._replace(header=server.header_of(series.instances[0], series))
@@ -1434,6 +1438,7 @@ def has_index(conn: sqlite3.Connection) -> bool:
 
 
 def create_tables(conn: sqlite3.Connection) -> None:
+    """The tables and the index, where they are not there yet."""
     for table, fields in TABLES.items():
         conn.execute(f"CREATE TABLE IF NOT EXISTS {table} ({', '.join(f'{field.column} {field.sql}' for field in fields)})")
     conn.execute("CREATE INDEX IF NOT EXISTS series_accession ON series(accession)")
@@ -1626,10 +1631,12 @@ def plan(run: Run, tokens: list[Accession | Dates], conn: Database | None) -> li
 
 
 def run_order(want: Want) -> tuple:
+    """Key to sort accessions by study date, an unknown one last, then by their text."""
     return min(want.dates, default=want.stored or "99999999"), want.accession
 
 
 def note_stored(want: Want, conn: Database | None, options: Options) -> None:
+    """What is stored already is not fetched again, unless --force or the dates that it is found on say so."""
     if not options.force:
         stored, want.stored = stored_date(conn, want.accession)
         want.again = not stored
@@ -1671,6 +1678,7 @@ def process_date_arg(token: Dates, conn: Database | None, run: Run, listed: Call
 
 
 def note_dated(want: Want, study: Study, conn: Database | None, options: Options) -> None:
+    """Take a study that a date token found for its accession."""
     if not (want.dated or want.named):
         note_stored(want, conn, options)
     want.dated = True
@@ -1722,6 +1730,7 @@ def in_order(work: Callable, items: list, jobs: int) -> Iterator[tuple[Any, Any]
 
 
 def wait_for(box: queue.SimpleQueue) -> Any:
+    """What a thread puts into the box; in short waits, so that an interrupt is heard."""
     while True:
         with contextlib.suppress(queue.Empty):
             return box.get(timeout=MOMENT)
@@ -1833,6 +1842,7 @@ class LineHandler(logging.Handler):
 
 
 def set_up_logging(verbose: bool, quiet: bool) -> None:
+    """Log lines with time and level on stderr; on a terminal, where the bar tells of single studies, only what sums up or warns."""
     handler = LineHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers[:] = [handler]
@@ -1960,6 +1970,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """All options; each default that the environment can change is read here."""
     parser = Parser(
         prog="store_study_info.py", usage="%(prog)s [options] TOKEN [TOKEN ...]", add_help=False, allow_abbrev=False,
         description="Keep SAR and scan times of the MRI studies of an Orthanc server in a\nlocal SQLite file. Studies that are stored already are skipped.",
@@ -1986,12 +1997,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def positive_int(text: str) -> int:
+    """A whole number from 1 to 999, for argparse."""
     if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or not int(text):
         raise argparse.ArgumentTypeError(f"{quoted(text)} is no number from 1 to 999")
     return int(text)
 
 
 def positive_seconds(text: str) -> float:
+    """Seconds, above 0 and up to a day, for argparse."""
     value = number(text)
     if value is None or not 0 < value <= 86400:
         raise argparse.ArgumentTypeError(f"{quoted(text)} is no number of seconds above 0 and up to a day")
@@ -2054,6 +2067,7 @@ def check_csv(path: str | None, database: str) -> None:
 
 
 def check_packages() -> None:
+    """Raise RunError where Python is too old or a package is not installed; nothing is imported for it."""
     if sys.version_info < (3, 10):
         raise RunError(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
     import importlib.util
@@ -2063,6 +2077,7 @@ def check_packages() -> None:
 
 
 def missing_packages(*names: str) -> RunError:
+    """The sentence that names them and the two ways to get them."""
     return RunError(f"missing Python packages: {', '.join(names)}; run 'pip install -r requirements.txt' "
                     "in a virtual environment, or run this program as 'uv run store_study_info.py', which fetches what it needs")
 
