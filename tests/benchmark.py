@@ -503,15 +503,19 @@ def machine(bench: Bench) -> str:
             f"load {os.getloadavg()[0]:.1f}; medians of {bench.arguments.rounds} rounds\n")
 
 
-def fill(bench: Bench) -> None:
-    arguments, heavy = bench.arguments, headers_of(bench.arguments.header, bench.arguments.rows)
-    if "month" in arguments.sections:
-        bench.say("%d files, %d bytes for the month" % upload(bench.server, month_files(MONTH, arguments.studies, arguments.series, arguments.instances, heavy)))
-    if "large" in arguments.sections:
-        bench.say("%d files, %d bytes for the large month" % upload(bench.server, month_files(LARGE, arguments.large, arguments.series, arguments.instances, heavy)))
-    if {"growth", "database"} & set(arguments.sections):
+def fill(bench: Bench, section: str) -> None:
+    """Send what a section asks for just before it, so that the server holds no more than that and what earlier sections used."""
+    arguments = bench.arguments
+
+    def send(what: str, files: Iterable[bytes]) -> None:
+        bench.say(f"%d files, %d bytes for {what}" % upload(bench.server, files))
+
+    if section in ("month", "large"):
+        month, count = (MONTH, arguments.studies) if section == "month" else (LARGE, arguments.large)
+        send(f"the section {section}", month_files(month, count, arguments.series, arguments.instances, headers_of(arguments.header, arguments.rows)))
+    elif section == "growth" or section == "database" and "growth" not in arguments.sections:
         for count in growth_counts(arguments):
-            bench.say("%d files, %d bytes for growth" % upload(bench.server, month_files(GROWTH[count], count, 1, 1, headers_of(0, 0))))
+            send(f"{count} small studies", month_files(GROWTH[count], count, 1, 1, headers_of(0, 0)))
     bench.server.settle(120)
 
 
@@ -548,9 +552,9 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name, Orthanc(arguments.orthanc) as server, \
             Relay(int(server.url.rpartition(":")[2])) as relaying, Runner(pathlib.Path(name), arguments.python) as run:
         bench = Bench(arguments, server, relaying, run, pathlib.Path(name))
-        fill(bench)
-        print(machine(bench))
+        print(machine(bench), flush=True)
         for section in arguments.sections:
+            fill(bench, section)
             print(SECTIONS[section](bench), flush=True)
 
 
