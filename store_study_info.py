@@ -941,7 +941,7 @@ def open_client(url: str, credentials: Credentials | None, timeout: float):
 def client_class() -> type:
     """pyorthanc's client, from its own module: the package's `__init__` imports all of pydicom, asyncio and more.
 
-    That took half of the time of a run on a month (0.1 s of 0.2 s on two cores). A release whose client needs more of
+    That took a third of the time of a run on a month (0.1 s of 0.35 s on two cores). A release whose client needs more of
     its package imports that itself, and one that keeps it elsewhere is imported whole.
     """
     import importlib.machinery
