@@ -507,3 +507,27 @@ def test_a_run_that_asks_the_server_nothing_imports_no_package(full, home):
                            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines() if line.startswith("import time:")}
     assert ended.returncode == 0 and imported & HEAVY == set()
+
+
+def test_a_run_imports_of_pyorthanc_its_client_alone(full, home):
+    """The rest of the package takes longer than a month's requests."""
+    ended = subprocess.run([sys.executable, "-X", "importtime", *home.command("EM03", url=full.url)[1:]], cwd=home.folder, env=home.environment(),
+                           capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
+    unused = {"pyorthanc", "asyncio"} | ({"pydicom"} if full.extended else set())    # old servers name tags by keyword: that needs its dictionary
+    assert ended.returncode == 0 and "httpx" in imported
+    assert imported & unused == set()
+
+
+@pytest.mark.parametrize("modules", [
+    {"__init__.py": "class Orthanc: where = 'package'"},
+    {"__init__.py": "from .elsewhere import Orthanc", "elsewhere.py": "class Orthanc: where = 'package'"},
+    {"__init__.py": "from .client import Orthanc", "client.py": "from .errors import Fault\nclass Orthanc: where = Fault", "errors.py": "Fault = 'package'"},
+], ids=["in the package itself", "in another module", "with the help of another module"])
+def test_a_release_of_pyorthanc_that_is_laid_out_otherwise_serves_as_well(tmp_path, modules):
+    (tmp_path / "pyorthanc").mkdir()
+    for name, text in modules.items():
+        (tmp_path / "pyorthanc" / name).write_text(text)
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import store_study_info; print(store_study_info.client_class().where)"
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(PROGRAM.parent)], capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == ("package\n", "")
