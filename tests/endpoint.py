@@ -85,12 +85,10 @@ def hang(handler, answer):
     handler.drop()
 
 
-@fault
-def slow(handler, answer):
-    """An answer that drips, a byte every 50 ms."""
-    handler.head(answer._replace(body=answer.body.ljust(2000)))
+def drip(handler, data: bytes):
+    """A byte every 50 ms, then nothing more."""
     try:
-        for byte in answer.body.ljust(2000):
+        for byte in data.ljust(2000):
             handler.wfile.write(bytes([byte]))
             handler.wfile.flush()
             if handler.endpoint.stopping.wait(0.05):
@@ -98,20 +96,19 @@ def slow(handler, answer):
     except OSError:
         pass
     handler.drop()
+
+
+@fault
+def slow(handler, answer):
+    """An answer whose body drips."""
+    handler.head(answer._replace(body=answer.body.ljust(2000)))
+    drip(handler, answer.body)
 
 
 @fault
 def slow_header(handler, answer):
-    """A header that drips, a byte every 50 ms."""
-    try:
-        for byte in b"HTTP/1.1 200 OK\r\nX-Filler: ".ljust(2000, b"x"):
-            handler.wfile.write(bytes([byte]))
-            handler.wfile.flush()
-            if handler.endpoint.stopping.wait(0.05):
-                break
-    except OSError:
-        pass
-    handler.drop()
+    """An answer whose header drips."""
+    drip(handler, b"HTTP/1.1 200 OK\r\nX-Filler: ")
 
 
 @fault
