@@ -104,6 +104,10 @@ class RunError(StudyInfoError):
     """Nothing more can be done in this run: access denied, no server, database trouble."""
 
 
+class DatabaseError(RunError):
+    """The database cannot be read or written."""
+
+
 class StudyError(StudyInfoError):
     """One accession, or one date, cannot be had or stored; the others go on."""
 
@@ -352,15 +356,17 @@ def token_lines(name: str, stdin=None) -> Iterator[tuple[str, str]]:
     """('FILE, line N', token) for each line of a token file that has one; `-` is standard input."""
     try:
         if name == "-":
+            if not (stdin or sys.stdin):
+                raise OSError("there is no standard input")
             data = (stdin or sys.stdin.buffer).read()
         else:
             with open(name, "rb") as file:
                 data = file.read()
         lines = re.split(r"\r\n|\n|\r", data.decode("utf-8-sig"))     # splitlines() would cut at control characters too
-    except (OSError, ValueError, AttributeError) as error:    # AttributeError: there is no standard input
+    except (OSError, ValueError) as error:
         raise UsageError(f"token file @{printable(name)} cannot be read: {reason_of(error)}") from None
     for count, line in enumerate(lines, 1):
-        line = line.partition("#")[0].strip(" \t")
+        line = re.split(r"(?:^|[ \t])#", line, maxsplit=1)[0].strip(" \t")
         if line.startswith("@"):
             raise UsageError(f"@{printable(name)}, line {count}: {quoted(line)} is not allowed here: a token file names no other token file")
         if line:
@@ -584,7 +590,8 @@ class Credentials(NamedTuple):
 class Server:
     """The Orthanc server of one run. Every request goes through `ask`, from any thread.
 
-    where: for messages, the netrc file and host that credentials were looked up in.
+    where: for messages, the netrc file and host that credentials were looked up in. Raises UsageError where
+    SSL_CERT_FILE cannot be read.
     """
 
     def __init__(self, url: str, credentials: Credentials | None = None, timeout: float = DEFAULT_TIMEOUT, where: str = "no netrc"):
@@ -593,7 +600,7 @@ class Server:
         self.proven: float = 1         # an older server's answer with fewer studies than this was not cut
         self.most = 0                  # records that it was ever seen to return in one answer
         self.requested = False         # whether its last answer about studies knew RequestedTags (1.11 and newer)
-        self._credentials = credentials
+        self._credentials, self._verify = credentials, certificates(url)
         self._client: Any = None
         self._extended: bool | None = None
         self._thread = threading.local()    # of each: count, the requests made; end, when its answer must be whole
@@ -604,7 +611,7 @@ class Server:
     def client(self):
         """pyorthanc's client, opened by the first request (`/system`, before several threads make any): a run that asks nothing imports nothing."""
         if self._client is None:
-            self._client = open_client(self.url, self._credentials, self.timeout)
+            self._client = open_client(self.url, self._credentials, self.timeout, self._verify)
         return self._client
 
     def close(self) -> None:
@@ -834,7 +841,7 @@ class Server:
         pattern = accession if PLAIN.fullmatch(accession) else UNSAFE.sub("*", accession) + "*"
         studies, whole_answer = self.find_studies({"AccessionNumber": pattern}, STUDY_TAGS + STUDY_LEVEL[3:])
         if not whole_answer:
-            raise ServerError(f"{self.url} cuts its answers (LimitFindResults): not all studies of the accession can be seen")
+            raise ServerError(f"{self.url} cuts its answers: not all studies of the accession can be seen; have the server's limit LimitFindResults lifted")
         return [study for study in studies if study.accession == accession], [study.accession for study in studies if study.accession != accession]
 
     # -- series and instances ----------------------------------------------------------------------------------------
@@ -917,7 +924,7 @@ class Server:
 RECEIVED = [{"Type": "Metadata", "Key": "ReceptionDate", "Direction": "ASC"}]
 
 
-def open_client(url: str, credentials: Credentials | None, timeout: float):
+def open_client(url: str, credentials: Credentials | None, timeout: float, verify: Any):
     """pyorthanc's client, which is an httpx.Client.
 
     Proxies in the environment are not used: patient data and passwords go to the named server and nowhere else.
@@ -928,7 +935,7 @@ def open_client(url: str, credentials: Credentials | None, timeout: float):
             Orthanc = client_class()
         except ImportError as error:
             raise missing_packages(error.name or str(error)) from None
-        client = Orthanc(url, return_raw_response=True, verify=certificates(url), trust_env=False, follow_redirects=False,
+        client = Orthanc(url, return_raw_response=True, verify=verify, trust_env=False, follow_redirects=False,
                          timeout=httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout), pool=None),
                          limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
                          headers={"User-Agent": f"store_study_info/{__version__}"})
@@ -948,12 +955,15 @@ def client_class() -> type:
     import importlib.util
     package = importlib.util.find_spec("pyorthanc")
     spec = package and importlib.machinery.PathFinder.find_spec("pyorthanc.client", package.submodule_search_locations or [])
-    if spec is None or spec.loader is None:
+    try:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module
+        spec.loader.exec_module(module)
+        return module.Orthanc
+    except Exception:    # whatever there is instead of what 1.23 has
+        sys.modules.pop("pyorthanc.client", None)
         from pyorthanc import Orthanc
         return Orthanc
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Orthanc
 
 
 @contextlib.contextmanager
@@ -1282,10 +1292,10 @@ def siblings(server: Server, series: Series, options: Options, limit: int) -> It
     """(instance, header) of a few instances after the first one received."""
     if series.instances is None and server.extended:    # RequestedTags were answered, in the order received
         for instance, header in server.first_instances(series, options.tags):
+            if server.asked() >= limit:    # one is left over for second_look
+                return
             if header.get(SOP_UID) != series.header.get(SOP_UID):
                 yield instance, header
-            if server.asked() >= limit:
-                return
         return
     first = server.instance_of(series)
     for instance in server.instance_list(series)[:LOOKS]:
@@ -1306,8 +1316,8 @@ def fall_back(server: Server, series: Series, found: Measured, limit: int) -> tu
     seconds, source = None, ""
     if found.duration.value is None:
         seconds, source = stated_duration(found.header), f"AcquisitionDuration ({DURATION_SECONDS})"
-    elif found.sar.value is not None and found.duration.value < 1 and "DERIVED" not in (get_element(found.header, IMAGE_TYPE) or "").split("\\") and server.asked() < limit:
-        seconds, source = siemens_protocol(server, found.instance or server.instance_of(series), found.header), "the protocol's lTotalScanTimeSec"
+    elif found.sar.value is not None and found.duration.value < 1 and "DERIVED" not in (get_element(found.header, IMAGE_TYPE) or "").split("\\"):
+        seconds, source = siemens_protocol(server, series, found, limit), "the protocol's lTotalScanTimeSec"
     if seconds is not None:
         found = found._replace(duration=Reading(seconds))
         sources.append(f"duration from {source}")
@@ -1330,11 +1340,12 @@ def frame_sar(server: Server, series: Series, limit: int) -> float | None:
     return None
 
 
-def siemens_protocol(server: Server, instance: str | None, header: Header) -> Decimal | None:
-    """The protocol's total scan time of the instance that a header came from; its text is 70 to 140 kB."""
+def siemens_protocol(server: Server, series: Series, found: Measured, limit: int) -> Decimal | None:
+    """The protocol's total scan time of the instance that the values came from; its text is 70 to 140 kB."""
+    instance = found.instance or (server.instance_of(series) if server.asked() < limit else None)
     for place in SIEMENS_PROTOCOLS:
-        tag = private_tag(header, *place)
-        raw = server.content(instance, tag) if tag and instance else None
+        tag = private_tag(found.header, *place)
+        raw = server.content(instance, tag) if tag and instance and server.asked() < limit else None
         seconds = protocol_duration(raw) if raw else None
         if seconds is not None:
             return seconds
@@ -1360,16 +1371,16 @@ def database_errors(path: str) -> Iterator[None]:
         text, hint = printable(str(error)), ""
         for word, advice in (("readonly", "it or its folder may not be written: check the permissions"),
                              ("locked", f"another program has held it for {BUSY_SECONDS:.0f} s: run again later"),
-                             ("full", "make room, then run again"), ("constraint failed", "a column or rule of your own refuses the row: give it a default, or drop it"), ("unable to open", "check the path and the permissions"),
+                             ("full", "make room, then run again"), ("unable to open", "check the path and the permissions"),
                              ("malformed", "restore it from a copy, or move it away and acquire the studies again"),
                              ("not a database", "it is damaged: restore it from a copy, or move it away and acquire the studies again")):
             if word in text:
                 hint = f"; {advice}"
-        raise RunError(f"database {printable(path)}: {text}{hint}") from None
+        raise DatabaseError(f"database {printable(path)}: {text}{hint}") from None
 
 
 def check_database_file(path: str) -> bool:
-    """Whether the database exists. Raises RunError where it is something else, or could not be created."""
+    """Whether the database exists. Raises DatabaseError where it is something else, or could not be created."""
     try:
         if stat.S_ISREG(os.stat(path).st_mode):
             with open(path, "rb") as file:
@@ -1379,14 +1390,14 @@ def check_database_file(path: str) -> bool:
     except FileNotFoundError:
         folder = os.path.dirname(path)
         if not os.path.isdir(folder):
-            raise RunError(f"database {printable(path)}: there is no folder {printable(folder)}; create it, or name another with --db") from None
+            raise DatabaseError(f"database {printable(path)}: there is no folder {printable(folder)}; create it, or name another with --db") from None
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise RunError(f"database {printable(path)}: the folder {printable(folder)} may not be written; name another with --db") from None
+            raise DatabaseError(f"database {printable(path)}: the folder {printable(folder)} may not be written; name another with --db") from None
         return False
     except (OSError, ValueError) as error:
-        raise RunError(f"database {printable(path)} cannot be read: {reason_of(error)}") from None
+        raise DatabaseError(f"database {printable(path)} cannot be read: {reason_of(error)}") from None
     if start and start != b"SQLite format 3\0":
-        raise RunError(f"database {printable(path)} is no SQLite file and is left as it is; name another with --db")
+        raise DatabaseError(f"database {printable(path)} is no SQLite file and is left as it is; name another with --db")
     return True
 
 
@@ -1398,7 +1409,7 @@ def open_database(path: str) -> Database:
         except FileExistsError:
             pass    # another run was faster
         except OSError as error:
-            raise RunError(f"database {printable(path)} cannot be created: {reason_of(error)}") from None
+            raise DatabaseError(f"database {printable(path)} cannot be created: {reason_of(error)}") from None
     with database_errors(path), contextlib.ExitStack() as undo:
         conn = sqlite3.connect(path, timeout=MOMENT, isolation_level=None, factory=Database)
         undo.callback(conn.close)
@@ -1418,7 +1429,7 @@ def read_columns(conn: sqlite3.Connection, table: str) -> dict[str, int]:
 
 
 def check_columns(path: str, tables: dict[str, dict[str, int]]) -> None:
-    """Refuse a database whose tables lack columns or their primary key; tables that are not there yet are none. Raises RunError."""
+    """Refuse a database whose tables lack columns or their primary key; tables that are not there yet are none. Raises DatabaseError."""
     faults = []
     for table, columns in tables.items():
         missing = [field.column for field in TABLES[table] if field.column not in columns]
@@ -1428,7 +1439,7 @@ def check_columns(path: str, tables: dict[str, dict[str, int]]) -> None:
         elif columns and [name for name, place in columns.items() if place] != [key]:
             faults.append(f"{key} is not the primary key of the table {table}")
     if faults:
-        raise RunError(f"database {printable(path)}: {' and '.join(faults)}; move the file away to have the tables built anew, or name another with --db")
+        raise DatabaseError(f"database {printable(path)}: {' and '.join(faults)}; move the file away to have the tables built anew, or name another with --db")
 
 
 def has_index(conn: sqlite3.Connection) -> bool:
@@ -1489,22 +1500,35 @@ def store_study(acc: str, conn: Database, study: dict[str, Any], series: list[di
     """Store one accession in one transaction: its row and exactly these series, gone ones out.
 
     Without `replace` nothing that is stored is changed or taken out, only new series come in. Returns how many stored
-    series were not among these and stayed: a study may be gone from the server, or another run was faster. Raises StudyError where a series is stored under another accession already: it is never moved.
+    series were not among these and stayed: a study may be gone from the server, or another run was faster. Raises
+    StudyError where a series is stored under another accession already, as it is never moved, and where a constraint
+    or trigger of the user's own refuses a row.
     """
+    stayed = 0
     with database_errors(conn.path), transaction(conn):
         for row in series:
             other = conn.execute("SELECT accession FROM series WHERE series_uid = ? AND accession <> ?", (row["series_uid"], acc)).fetchone()
             if other:
                 raise StudyError(f"has a series {row['series_uid']} that is stored under accession {printable(other[0])} already, not stored")
-        stored = {uid for (uid,) in conn.execute("SELECT series_uid FROM series WHERE accession = ?", (acc,))}
-        gone = stored - {row["series_uid"] for row in series}
-        if replace or not gone:
-            upsert(conn, "studies", study)
-        for uid in gone if replace else ():
-            conn.execute("DELETE FROM series WHERE series_uid = ?", (uid,))
-        for row in series:
-            if replace or row["series_uid"] not in stored:
-                upsert(conn, "series", row)
+        try:
+            stayed = write_rows(acc, conn, study, series, replace)
+        except sqlite3.IntegrityError as error:
+            raise StudyError(f"is refused by a rule of your own in database {printable(conn.path)} ({printable(str(error))}), not stored; "
+                             "change that column, index or trigger") from None
+    return stayed
+
+
+def write_rows(acc: str, conn: sqlite3.Connection, study: dict[str, Any], series: list[dict[str, Any]], replace: bool) -> int:
+    """What `store_study` does inside its transaction, once no other accession has one of these series."""
+    stored = {uid for (uid,) in conn.execute("SELECT series_uid FROM series WHERE accession = ?", (acc,))}
+    gone = stored - {row["series_uid"] for row in series}
+    if replace or not gone:
+        upsert(conn, "studies", study)
+    for uid in gone if replace else ():
+        conn.execute("DELETE FROM series WHERE series_uid = ?", (uid,))
+    for row in series:
+        if replace or row["series_uid"] not in stored:
+            upsert(conn, "series", row)
     return 0 if replace else len(gone)
 
 
@@ -1671,7 +1695,7 @@ def process_date_arg(token: Dates, conn: Database | None, run: Run, listed: Call
             listed()
         for day in doubtful:
             run.tally.doubtful += 1
-            log.error("%s: may be incomplete, %s cuts its answers (LimitFindResults); name the missing accessions themselves", digits_of(day), run.server.url)
+            log.error("%s: may be incomplete, %s cuts its answers; name the missing accessions themselves, or have its limit LimitFindResults lifted", digits_of(day), run.server.url)
         log.info("%s: studies found: %d%s", span, len(studies), "" if studies else " (only accessions that begin with a capital E count)")
         for study in studies:
             note_dated(run.want(study.accession), study, conn, run.options)
@@ -1762,14 +1786,16 @@ def fetch_and_store(run: Run, todo: list[Want], conn: Database, out) -> None:
         log.log(SUMMARY, "%d accessions are stored already and are not read again; --force does that", run.tally.already)
     with progress_bar(len(todo)) as bar, contextlib.closing(in_order(fetch, todo, run.jobs)) as results:
         for want, result in results:
-            finish(run, want, result, conn, out)
+            stored = finish(run, want, result, conn)
             run.tally.left -= 1
             want.studies = {}
+            if stored and want.dated:
+                out(printable(want.accession))
             bar.update()
 
 
-def finish(run: Run, want: Want, result: Any, conn: Database, out) -> None:
-    """Store one accession and say what became of it."""
+def finish(run: Run, want: Want, result: Any, conn: Database) -> bool:
+    """Store one accession and say what became of it; whether it is stored."""
     name = printable(want.accession)
     try:
         if isinstance(result, BaseException):
@@ -1781,10 +1807,10 @@ def finish(run: Run, want: Want, result: Any, conn: Database, out) -> None:
         else:
             run.tally.without_images += 1
             log.info("%s: %s", name, error)
-        return
+        return False
     except StudyError as error:
         run.failure(f"{name}: {error}")
-        return
+        return False
     run.tally.stored += 1
     run.tally.series += len(result.series)
     run.tally.skipped += result.skipped
@@ -1794,8 +1820,7 @@ def finish(run: Run, want: Want, result: Any, conn: Database, out) -> None:
     if stayed:
         log.warning("%s: %d stored series were not on the server this time and stay as they are; --force takes them out", name, stayed)
     log.info("%s: %d series stored, %d skipped", name, len(result.series), result.skipped.total())
-    if want.dated:
-        out(name)
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1902,9 +1927,11 @@ def abandon_stdout() -> None:
 
 def open_missing_streams() -> None:
     """Give closed standard streams somewhere to go, and let no character that an encoding lacks stop the run."""
-    for name in ("stdin", "stdout", "stderr"):
+    if sys.stdin is None:
+        os.open(os.devnull, os.O_RDONLY)    # takes its number, which another file would get
+    for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -2060,8 +2087,8 @@ def check_csv(path: str | None, database: str) -> None:
     target = os.path.realpath(path)
     if os.path.exists(target) and not os.path.isfile(target):
         raise UsageError(f"--csv {quoted(path)} is no regular file")
-    if target == os.path.realpath(database):
-        raise UsageError(f"--csv {quoted(path)} is the database itself")
+    if target in [os.path.realpath(database) + side for side in ("", "-journal", "-wal", "-shm")]:
+        raise UsageError(f"--csv {quoted(path)} is the database itself, or a file that SQLite keeps beside it")
     if not os.path.isdir(os.path.dirname(target)) or not os.access(os.path.dirname(target), os.W_OK):
         raise UsageError(f"--csv {quoted(path)}: its folder does not exist or may not be written")
 
@@ -2092,10 +2119,10 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     path = os.path.abspath(arguments.db)
     check_csv(arguments.csv, path)
     credentials, where = find_credentials(host, arguments.netrc)
+    server = Server(url, credentials, arguments.timeout, where)
     check_packages()
     conn = open_database(path) if check_database_file(path) else None
-    options = Options(arguments.force, arguments.fallback, digits_of(today))
-    run = Run(Server(url, credentials, arguments.timeout, where), options, arguments.jobs, {}, tally)
+    run = Run(server, Options(arguments.force, arguments.fallback, digits_of(today)), arguments.jobs, {}, tally)
 
     def also_csv() -> None:
         if arguments.csv:
@@ -2106,7 +2133,7 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
             todo = plan(run, tokens, conn)
             conn = conn or open_database(path)
             fetch_and_store(run, todo, conn, (lambda name: None) if arguments.quiet else print_accession)
-            run.server.close()    # not after an interrupt: it would wait for the threads' requests
+            server.close()    # not after an interrupt: it would wait for the threads' requests
     finally:
         if conn:
             conn.close()
@@ -2114,10 +2141,13 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
 
 @contextlib.contextmanager
 def at_exit_0_and_1(work: Callable[[], None]) -> Iterator[None]:
-    """Do the work at the end, not after a usage error or an interrupt. Trouble with it does not hide what ended the run."""
+    """Do the work at the end, not after an interrupt or where the database failed, which it would have to read.
+
+    Trouble with it does not hide what ended the run.
+    """
     try:
         yield
-    except UsageError:
+    except DatabaseError:
         raise
     except StudyInfoError:
         try:
@@ -2144,7 +2174,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except StudyInfoError as error:
         log.error("%s", error)
-        if tally.stored or tally.failed or tally.left:
+        if tally.stored or tally.already or tally.failed or tally.left or tally.doubtful:
             log.warning("%s", tally)
         return error.exit_status
     except Interrupted as interrupt:
@@ -2156,9 +2186,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def end_process(status: int) -> None:
     """At once, whatever the threads wait for: everything is stored and closed by now."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass    # ends quietly
+    except (OSError, ValueError):
+        status = status or 1
     os._exit(status)
 
 

@@ -1,4 +1,5 @@
 """The command line: options, streams, exit status, log, progress, CSV; run as a subprocess, or on a terminal."""
+import contextlib
 import csv
 import datetime
 import fcntl
@@ -275,10 +276,51 @@ def test_trouble_with_the_csv_file_does_not_hide_what_ended_the_run(home, monkey
     assert "out.csv cannot be written" in first and "cannot be reached" in second
 
 
-def test_an_unreadable_certificate_file_is_a_usage_error_and_leaves_the_csv_file(home):
+def test_an_unreadable_certificate_file_is_a_usage_error_before_anything_is_written(home):
     (home.folder / "out.csv").write_text("old\n")
+    home.db.touch()
     ran = home.run("--csv", "out.csv", "E1", url="https://127.0.0.1:9", env={"SSL_CERT_FILE": "no-such-file"})
-    assert ran.status == 2 and (home.folder / "out.csv").read_text() == "old\n"
+    assert ran.status == 2 and "no-such-file" in ran.err
+    assert (home.folder / "out.csv").read_text() == "old\n" and home.db.read_bytes() == b""
+
+
+@pytest.mark.parametrize("side", ["", "-journal", "-wal", "-shm"])
+def test_the_csv_file_is_none_of_the_database_s(home, side):
+    assert home.run("--csv", f"study_info.db{side}", "E1", url="http://127.0.0.1:9").status == 2
+    assert os.listdir(home.folder) == []
+
+
+def test_a_locked_database_is_not_waited_for_again_for_the_csv_file(archive, home, monkeypatch, capfd):
+    home.run("EC1A", url=archive.url)
+    (home.folder / "out.csv").write_text("old\n")
+    monkeypatch.chdir(home.folder)
+    monkeypatch.setattr(program, "BUSY_SECONDS", 0.4)
+    with contextlib.closing(sqlite3.connect(home.db, isolation_level=None)) as other:
+        def while_locked(*arguments, store_study=program.store_study):
+            other.execute("BEGIN EXCLUSIVE")
+            return store_study(*arguments)
+        monkeypatch.setattr(program, "store_study", while_locked)
+        assert program.main(["--url", archive.url, "--csv", "out.csv", "EC1B"]) == 1
+    assert capfd.readouterr().err.count("has held it") == 1
+    assert (home.folder / "out.csv").read_text() == "old\n"
+
+
+def test_the_summary_ends_a_run_that_the_csv_file_ended(archive, home, monkeypatch, capfd):
+    def full(*_):
+        raise program.RunError("CSV file out.csv cannot be written")
+    home.run("EC1A", url=archive.url)
+    monkeypatch.chdir(home.folder)
+    monkeypatch.setattr(program, "write_csv", full)
+    assert program.main(["--url", archive.url, "--csv", "out.csv", "EC1A"]) == 1
+    first, second = capfd.readouterr().err.splitlines()
+    assert "out.csv cannot be written" in first and "0 stored, 1 already stored" in second
+
+
+def test_help_that_cannot_be_written_is_no_success(home):
+    environment = {name: value for name, value in home.environment().items() if name != "PYTHONUNBUFFERED"}    # with it argparse hides the fault
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, PROGRAM, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
 
 
 # -- databases that are none -----------------------------------------------------------------------------------------------

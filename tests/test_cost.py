@@ -523,7 +523,10 @@ def test_a_run_imports_of_pyorthanc_its_client_alone(full, home):
     {"__init__.py": "class Orthanc: where = 'package'"},
     {"__init__.py": "from .elsewhere import Orthanc", "elsewhere.py": "class Orthanc: where = 'package'"},
     {"__init__.py": "from .client import Orthanc", "client.py": "from .errors import Fault\nclass Orthanc: where = Fault", "errors.py": "Fault = 'package'"},
-], ids=["in the package itself", "in another module", "with the help of another module"])
+    {"__init__.py": "from .core import Orthanc", "core.py": "class Orthanc: where = 'package'", "client.py": ""},
+    {"__init__.py": "from .client import Orthanc", "client.py": "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Orthanc:\n    where: str = 'package'"},
+    {"__init__.py": "from .core import Orthanc", "core.py": "class Orthanc: where = 'package'", "client.py": "1 / 0"},
+], ids=["in the package itself", "in another module", "with the help of another module", "not in its old module", "as a dataclass", "beside a broken module"])
 def test_a_release_of_pyorthanc_that_is_laid_out_otherwise_serves_as_well(tmp_path, modules):
     (tmp_path / "pyorthanc").mkdir()
     for name, text in modules.items():

@@ -2,6 +2,7 @@
 import contextlib
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -247,6 +248,8 @@ def test_a_full_stdout_ends_the_run_with_a_sentence(home, server):
     assert process.returncode == 1
     assert "Traceback" not in err and "Exception" not in err
     assert len([line for line in err.splitlines() if " ERROR " in line]) == 1 and "standard output" in err
+    counts = re.search(r"(\d+) stored, (\d+) already stored, (\d+) failed, (\d+) not reached", err.splitlines()[-1])
+    assert sum(map(int, counts.groups())) == len(MONTH)
     assert all(series == whole(1, 3, 0.5)[accession] for accession, series in stored(home).items())
 
 
@@ -259,6 +262,12 @@ def test_closed_streams_stop_nothing(home, server, closed):
     assert stored(home) == whole(1, 3, 0.5)
     if ">&-" not in closed.replace("2>&-", ""):
         assert ran.stdout.splitlines() == MONTH
+
+
+def test_a_closed_standard_input_holds_no_tokens(home):
+    ran = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *home.command("@-", url="http://127.0.0.1:9")], cwd=home.folder, env=home.environment(),
+                         capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2 and "there is no standard input" in ran.stderr and os.listdir(home.folder) == []
 
 
 # -- several at once -----------------------------------------------------------------------------------------------------

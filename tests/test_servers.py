@@ -268,6 +268,26 @@ def test_a_limit_on_instances_does_not_cut_the_second_look(servers, home):
     assert len(home.series()) == 1
 
 
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_series_costs_six_requests_more_at_most_wherever_its_values_are(servers, home, limit):
+    """Only the sixth instance has SAR, its time is none of a scan, and the first of its two protocols tells no other."""
+    def protocols(ds):
+        ds.add_new(0x00290010, "LO", "SIEMENS CSA HEADER")
+        ds.add_new(0x00291020, "OB", b"nothing here")
+        ds.add_new(0x00210010, "LO", "SIEMENS MR SDS 01")
+        ds.add_new(0x00211019, "OB", b"lTotalScanTimeSec = 450\n")
+    server = servers(LimitFindInstances=limit)
+    server.upload(instance("EONE"), *(instance("ESIX", number=number, sar=None if number < 6 else "0.5", ta="TA 00.02", change=protocols) for number in range(1, 7)))
+    server.settle()
+    with Proxy(server.url) as proxy:
+        home.run("EONE", url=proxy.url)
+        plain = len(proxy.requests)
+        for option in ([], ["--fallback"]):
+            proxy.forget()
+            assert home.run("--force", *option, "ESIX", url=proxy.url).status == 0
+            assert len(proxy.requests) <= plain + 6, proxy.kinds
+
+
 def test_a_second_study_is_not_lost_to_a_limit_where_only_requested_tags_are_known(server, home):
     """Orthanc 1.11 to 1.12.4: RequestedTags are answered, no Since reaches what a limit hides. Cut to four, the series of the first study fit its count."""
     if not server.extended:

@@ -149,12 +149,16 @@ def test_the_series_of_an_accession_are_found_by_an_index(conn):
     assert "USING INDEX" in plan
 
 
-def test_a_row_that_the_users_own_rule_refuses_is_a_sentence_that_says_so(path, conn):
-    conn.execute("CREATE UNIQUE INDEX mine ON studies(sex)")
+@pytest.mark.parametrize("rule, said", [
+    ("CREATE UNIQUE INDEX mine ON studies(sex)", "UNIQUE constraint failed: studies.sex"),
+    ("CREATE TRIGGER mine BEFORE INSERT ON series WHEN new.series_uid LIKE '%.2' BEGIN SELECT RAISE(ABORT, 'not two'); END", "not two"),
+    ("CREATE TRIGGER mine BEFORE INSERT ON series WHEN new.series_uid LIKE '%.2' BEGIN SELECT RAISE(ROLLBACK, 'not two'); END", "not two")])
+def test_a_study_that_the_users_own_rule_refuses_fails_alone(path, conn, rule, said):
+    conn.execute(rule)
     put(conn, "E1", (1,))
-    with pytest.raises(store.RunError, match=f"^database {path}: UNIQUE constraint failed: studies.sex; a column or rule of your own refuses the row: .*drop it$"):
-        put(conn, "E2", (2,))
-    assert conn.execute("SELECT accession FROM studies").fetchall() == [("E1",)]
+    with pytest.raises(store.StudyError, match=rf"is refused by a rule of your own in database {path} \({said}\), not stored; change"):
+        put(conn, "E2", (2, 3))
+    assert conn.execute("SELECT accession FROM studies").fetchall() == [("E1",)] and not conn.in_transaction
 
 
 def test_foreign_keys_hold_whatever_was_stored(conn):
@@ -330,7 +334,7 @@ def test_the_failure_names_both_accessions_and_counts(path, conn, caplog, monkey
     run = store.Run(None, store.Options(), 1, {}, store.Tally())
     result = store.Fetched("E2", study_row("E2"), [series_row(1, "E2", series_uid="2.25.1.1")], store.Counter(), 0, [])
     with caplog.at_level(logging.INFO, logger="store_study_info"):
-        store.finish(run, store.Want("E2"), result, conn, pytest.fail)
+        store.finish(run, store.Want("E2"), result, conn)
     assert {line.startswith("E2: ") and "E1" in line for line in caplog.messages} == {True}
     assert (run.tally.failed, run.tally.stored, run.tally.exit_status) == (1, 0, 1)
 

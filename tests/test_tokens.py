@@ -247,7 +247,7 @@ def tokens_of(path) -> list[str]:
     (b"\xef\xbb\xbf202404\r\n\r\n# end\r\n", ["202404"]),
     (b"\n\n  \nE1\n\t\n", ["E1"]),                                  # blank lines
     (b"# all of April\n202404\n  # and one\nE1\n#E2\n", ["202404", "E1"]),
-    (b"E1 # the first\nE2#\n", ["E1", "E2"]),
+    (b"E1 # the first\nE2\t#2\n", ["E1", "E2"]),
     (b"  E1\t\n E 2 \n", ["E1", "E 2"]),                            # blanks around, not those inside
     ("# Müller\nE1\n".encode(), ["E1"]),
     (b"yesterday\n20240401-20240415\n202401-\n", ["yesterday", "20240401-20240415", "202401-"]),
@@ -270,6 +270,7 @@ def test_a_token_file_of_many_lines_is_read_whole(tmp_path):
     (b"e123\n", 1, "e123"),
     (b"E1\nE1 E2 *\n", 2, "E1 E2 *"),
     (b"E1\nE2,E3\n", 2, "E2,E3"),
+    (b"E1\nE2#3\n", 2, "E2#3"),                                     # no comment: what is before it may be another's accession
 ])
 def test_a_wrong_line_is_named_with_file_number_and_token(tmp_path, content, line, token):
     (tmp_path / "list").write_bytes(content)
@@ -333,7 +334,7 @@ def test_a_wrong_line_of_standard_input_is_named(monkeypatch):
 
 def test_a_closed_standard_input_is_a_usage_error(monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
-    with pytest.raises(store.UsageError, match="@-"):
+    with pytest.raises(store.UsageError, match="@- cannot be read: there is no standard input"):
         tokens_of("-")
 
 
