@@ -433,6 +433,7 @@ class Measured(NamedTuple):
 
     @property
     def complete(self) -> bool:
+        """Whether both are there: the series can be stored."""
         return self.sar.value is not None and self.duration.value is not None
 
 
@@ -615,6 +616,7 @@ class Server:
         return self._client
 
     def close(self) -> None:
+        """Close the connections, if there are any."""
         if self._client is not None:
             self._client.close()
 
@@ -960,7 +962,7 @@ def client_class() -> type:
         sys.modules[module.__name__] = module
         spec.loader.exec_module(module)
         return module.Orthanc
-    except Exception:    # whatever there is instead of what 1.23 has
+    except Exception:    # code of another package: whatever fails in it, the plain import does without or says it again
         sys.modules.pop("pyorthanc.client", None)
         from pyorthanc import Orthanc
         return Orthanc
@@ -1114,6 +1116,7 @@ class Options(NamedTuple):
 
     @property
     def tags(self) -> tuple[str, ...]:
+        """The tags asked for of each series, as gggg,eeee."""
         return SERIES_TAGS + FALLBACK_TAGS if self.fallback else SERIES_TAGS
 
 
@@ -1251,7 +1254,7 @@ def _process_series(server: Server, series: Series, options: Options) -> tuple[M
     found, sources, limit = measure(series.header), [], server.asked() + MORE
     hidden = hidden_time(series.header)
     if hidden and (found.sar.value is not None or options.fallback):
-        found = measure(with_hidden_time(server, server.instance_of(series), series.header))
+        found = measure(with_hidden_time(server, server.instance_of(series), series.header, hidden))
     elif hidden:
         found = found._replace(duration=Reading(None, TIME_ABSENT, f"duration ({hidden}) is not told by the server and, without SAR, not asked for"))
     if not found.complete and may_be_elsewhere(found):
@@ -1265,20 +1268,19 @@ def _process_series(server: Server, series: Series, options: Options) -> tuple[M
     return found, sources
 
 
-def with_hidden_time(server: Server, instance: str | None, header: Header) -> Header:
-    """The header with the acquisition time that only the element's raw content tells."""
-    tag = hidden_time(header)
-    raw = server.content(instance, tag) if instance and tag else None
+def with_hidden_time(server: Server, instance: str | None, header: Header, tag: str) -> Header:
+    """The header with the acquisition time that only the element's raw content tells; `tag` is what hidden_time says."""
+    raw = server.content(instance, tag) if instance else None
     return header if raw is None else header | {tag: raw[:64].decode("latin-1")}
 
 
 def second_look(server: Server, series: Series, options: Options, limit: int) -> Measured | None:
     """The next instances in the order received, until one has both SAR and duration or the thread's count of requests is at its limit."""
-    requested = series.instances is None and server.extended
-    for instance, header in siblings(server, series, options, limit):
-        found = measure(header, instance)
-        if found.sar.value is not None and hidden_time(header) and server.asked() + requested < limit:
-            found = measure(with_hidden_time(server, instance, header), instance)
+    requested = series.instances is None and server.extended    # whether RequestedTags were answered, in the order received
+    for instance, header in siblings(server, series, options, limit, requested):
+        found, hidden = measure(header, instance), hidden_time(header)
+        if found.sar.value is not None and hidden and server.asked() + requested < limit:
+            found = measure(with_hidden_time(server, instance, header, hidden), instance)
         if found.complete and requested:
             # RequestedTags mix in what the server keeps of the series, which is of its first instance: one request more
             tag = private_tag(header, *SIEMENS_HEADER) or TIME_OF_ACQUISITION
@@ -1288,9 +1290,9 @@ def second_look(server: Server, series: Series, options: Options, limit: int) ->
     return None
 
 
-def siblings(server: Server, series: Series, options: Options, limit: int) -> Iterator[tuple[str, Header]]:
+def siblings(server: Server, series: Series, options: Options, limit: int, requested: bool) -> Iterator[tuple[str, Header]]:
     """(instance, header) of a few instances after the first one received."""
-    if series.instances is None and server.extended:    # RequestedTags were answered, in the order received
+    if requested:
         for instance, header in server.first_instances(series, options.tags):
             if server.asked() >= limit:    # one is left over for second_look
                 return
@@ -1504,18 +1506,16 @@ def store_study(acc: str, conn: Database, study: dict[str, Any], series: list[di
     StudyError where a series is stored under another accession already, as it is never moved, and where a constraint
     or trigger of the user's own refuses a row.
     """
-    stayed = 0
     with database_errors(conn.path), transaction(conn):
         for row in series:
             other = conn.execute("SELECT accession FROM series WHERE series_uid = ? AND accession <> ?", (row["series_uid"], acc)).fetchone()
             if other:
                 raise StudyError(f"has a series {row['series_uid']} that is stored under accession {printable(other[0])} already, not stored")
         try:
-            stayed = write_rows(acc, conn, study, series, replace)
+            return write_rows(acc, conn, study, series, replace)
         except sqlite3.IntegrityError as error:
             raise StudyError(f"is refused by a rule of your own in database {printable(conn.path)} ({printable(str(error))}), not stored; "
                              "change that column, index or trigger") from None
-    return stayed
 
 
 def write_rows(acc: str, conn: sqlite3.Connection, study: dict[str, Any], series: list[dict[str, Any]], replace: bool) -> int:
@@ -1541,23 +1541,25 @@ CSV_SERIES = [field.column for field in SERIES_FIELDS if field.column != "access
 
 
 def csv_rows(conn: Database | None, accessions: Iterable[str]) -> Iterator[tuple]:
-    """The header, then one row a series in the order of the accessions; a study without series has one row."""
+    """The header, then one row a series in the order of the accessions; a study without series has one row. No database: no rows."""
     yield (*CSV_STUDY, *CSV_SERIES)
+    if conn is None:
+        return
     columns = ", ".join([f"studies.{column}" for column in CSV_STUDY] + [f"series.{column}" for column in CSV_SERIES])
-    for accession in accessions if conn else ():
-        yield from patiently(conn, f"SELECT {columns} FROM studies LEFT JOIN series ON series.accession = studies.accession "
-                                "WHERE studies.accession = ? ORDER BY series_number IS NULL, series_number, series_uid", (accession,))
+    with database_errors(conn.path):
+        for accession in accessions:
+            yield from patiently(conn, f"SELECT {columns} FROM studies LEFT JOIN series ON series.accession = studies.accession "
+                                       "WHERE studies.accession = ? ORDER BY series_number IS NULL, series_number, series_uid", (accession,))
 
 
 def write_csv(path: str, conn: Database | None, accessions: Iterable[str]) -> None:
-    """The header alone where there is no database yet. Written beside the file and moved into its place when complete; readable by its owner alone."""
+    """Written beside the file and moved into its place when complete; readable by its owner alone."""
     import csv
     import tempfile
     target = os.path.realpath(path)
     temporary = None
     try:
-        with database_errors(conn.path if conn else ""), tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", newline="", dir=os.path.dirname(target), prefix=".", suffix=".csv", delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", dir=os.path.dirname(target), prefix=".", suffix=".csv", delete=False) as file:
             temporary = file.name
             # Before Python 3.13 a lone CR is quoted only where the line terminator has one.
             lines = types.SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
@@ -1600,6 +1602,7 @@ class Tally:
 
     @property
     def exit_status(self) -> int:
+        """1 where something named is not in the database, or a date may be incomplete, else 0."""
         return 1 if self.failed or self.doubtful else 0
 
     def __str__(self) -> str:
@@ -1622,9 +1625,11 @@ class Run(NamedTuple):
     tally: Tally
 
     def want(self, accession: str) -> Want:
+        """The one record of an accession, made when it is first named."""
         return self.wants.setdefault(accession, Want(accession))
 
     def failure(self, text: str) -> None:
+        """Count a failure and say it."""
         self.tally.failed += 1
         log.error("%s", printable(text))
 
@@ -1721,6 +1726,7 @@ def in_order(work: Callable, items: list, jobs: int) -> Iterator[tuple[Any, Any]
     tasks: queue.SimpleQueue = queue.SimpleQueue()
 
     def worker() -> None:
+        """A thread: one item after the other, until there is None instead."""
         for item, box in iter(tasks.get, None):
             result = attempt(work, item)
             if isinstance(result, RunError):
@@ -1728,6 +1734,7 @@ def in_order(work: Callable, items: list, jobs: int) -> Iterator[tuple[Any, Any]
             box.put(result)
 
     def stop() -> None:
+        """Take out of the queue what nobody has begun, and end the threads."""
         with contextlib.suppress(queue.Empty):
             while True:
                 tasks.get_nowait()
@@ -1779,6 +1786,7 @@ def attempt(work: Callable, item: Any) -> Any:
 def fetch_and_store(run: Run, todo: list[Want], conn: Database, out) -> None:
     """Fetch side by side, store and print in order."""
     def fetch(want: Want) -> Fetched:
+        """In a thread: all of one accession from the server."""
         return fetch_accession(run.server, want.accession, list(want.studies.values()), want.whole_known, run.options)
 
     run.tally.left = len(todo)
@@ -1855,6 +1863,7 @@ class LineHandler(logging.Handler):
     bar: Any = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; a stderr that is gone or full is no trouble."""
         line = self.format(record)
         try:
             if self.bar is not None:
@@ -1879,6 +1888,7 @@ class NoBar:
     """Stands in for tqdm's bar where there is no terminal."""
 
     def update(self) -> None:
+        """Nothing to show."""
         pass
 
 
@@ -1941,6 +1951,7 @@ def open_missing_streams() -> None:
 def signals() -> Iterator[None]:
     """SIGINT and SIGTERM raise Interrupted, once; a second one ends the process at once."""
     def raise_interrupted(signum: int, _frame) -> None:
+        """Once: the next signal meets the system's own handler."""
         for number in before:
             signal.signal(number, signal.SIG_DFL)
         raise Interrupted(signum)
@@ -2174,7 +2185,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except StudyInfoError as error:
         log.error("%s", error)
-        if tally.stored or tally.already or tally.failed or tally.left or tally.doubtful:
+        if any(vars(tally).values()):
             log.warning("%s", tally)
         return error.exit_status
     except Interrupted as interrupt:
