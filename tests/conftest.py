@@ -143,6 +143,20 @@ class Home:
     def series(self, accession: str | None = None) -> list[dict]:
         return self.rows("SELECT * FROM series WHERE accession = ifnull(?, accession) ORDER BY accession, series_number, series_uid", accession)
 
+    def stored(self) -> dict[str, set]:
+        """{accession: {(series_uid, sar, duration)}}, once the database is sound; empty where there is none yet."""
+        if not self.db.exists():
+            return {}
+        with contextlib.closing(sqlite3.connect(self.db, timeout=30, isolation_level=None)) as conn:
+            conn.execute("BEGIN")    # both tables as they are at one moment
+            assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            if not conn.execute("SELECT name FROM sqlite_master WHERE name = 'series'").fetchall():
+                return {}
+            found = {accession: set() for (accession,) in conn.execute("SELECT accession FROM studies")}
+            for accession, *rest in conn.execute("SELECT accession, series_uid, sar, duration FROM series"):
+                found[accession].add(tuple(rest))
+        return found
+
     def studies(self) -> list[dict]:
         return self.rows("SELECT * FROM studies ORDER BY accession")
 

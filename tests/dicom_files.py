@@ -71,3 +71,15 @@ def pixels(ds: Dataset, rows: int = 192) -> None:
     ds.BitsAllocated = ds.BitsStored = 16
     ds.HighBit, ds.PixelRepresentation, ds.SamplesPerPixel, ds.PhotometricInterpretation = 15, 0, 1, "MONOCHROME2"
     ds.add_new(0x7FE00010, "OW", hashlib.shake_128(str(ds.SOPInstanceUID).encode()).digest(rows * rows * 2))
+
+
+def functional_group(*sar: tuple[str, float]) -> Dataset:
+    """A functional group of an enhanced object that states SAR: (definition, W/kg) each."""
+    timing, group = Dataset(), Dataset()
+    timing.SpecificAbsorptionRateSequence = []
+    for definition, value in sar:
+        item = Dataset()
+        item.SpecificAbsorptionRateDefinition, item.SpecificAbsorptionRateValue = definition, value
+        timing.SpecificAbsorptionRateSequence.append(item)
+    group.MRTimingAndRelatedParametersSequence = [timing]
+    return group

@@ -265,11 +265,16 @@ def test_csv_without_any_database_is_its_header(home):
     assert len((home.folder / "out.csv").read_text().splitlines()) == 1 and not home.db.exists()
 
 
-def test_trouble_with_the_csv_file_does_not_hide_what_ended_the_run(home, monkeypatch, capfd):
+@pytest.fixture
+def full_disk(home, monkeypatch):
+    """For main() in this process: the CSV file cannot be written."""
     def full(*_):
         raise program.RunError("CSV file out.csv cannot be written")
     monkeypatch.chdir(home.folder)
     monkeypatch.setattr(program, "write_csv", full)
+
+
+def test_trouble_with_the_csv_file_does_not_hide_what_ended_the_run(full_disk, monkeypatch, capfd):
     monkeypatch.setattr(program, "FIRST_WAIT", 0)
     assert program.main(["--url", "http://127.0.0.1:9", "--csv", "out.csv", "E1"]) == 1
     first, second = capfd.readouterr().err.splitlines()
@@ -305,12 +310,8 @@ def test_a_locked_database_is_not_waited_for_again_for_the_csv_file(archive, hom
     assert (home.folder / "out.csv").read_text() == "old\n"
 
 
-def test_the_summary_ends_a_run_that_the_csv_file_ended(archive, home, monkeypatch, capfd):
-    def full(*_):
-        raise program.RunError("CSV file out.csv cannot be written")
+def test_the_summary_ends_a_run_that_the_csv_file_ended(archive, home, full_disk, capfd):
     home.run("EC1A", url=archive.url)
-    monkeypatch.chdir(home.folder)
-    monkeypatch.setattr(program, "write_csv", full)
     assert program.main(["--url", archive.url, "--csv", "out.csv", "EC1A"]) == 1
     first, second = capfd.readouterr().err.splitlines()
     assert "out.csv cannot be written" in first and "0 stored, 1 already stored" in second
@@ -358,13 +359,6 @@ def test_an_empty_file_is_a_new_database(archive, home):
 
 
 # -- start-up ----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["202413"], ["E1", "--url", "nothing"]])
-def test_help_version_and_usage_errors_import_no_package(home, arguments):
-    ran = home.run(*arguments, env={"PYTHONPROFILEIMPORTTIME": "1"})
-    assert ran.status in (0, 2)
-    assert "sqlite3" in ran.err and not re.search(r"\b(pyorthanc|pydicom|httpx|tqdm|ssl)\b", ran.err)
-
 
 def test_stored_accessions_cost_nothing_at_all(archive, home):
     home.run("EC1A", url=archive.url)

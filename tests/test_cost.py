@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import pytest
 from conftest import PROGRAM, Home
-from dicom_files import ENHANCED_MR, instance, pixels, study
+from dicom_files import ENHANCED_MR, functional_group, instance, pixels, study
 from endpoint import FAULTS, Proxy, Request
-from pydicom.dataset import Dataset
 from pydicom.uid import ImplicitVRLittleEndian
 
 import store_study_info
@@ -30,17 +29,10 @@ def image(ds):
 
 def enhanced(ds):
     """An enhanced MR object that states its SAR for each frame, the one of the whole body after the four others."""
-    def item(**elements):
-        one = Dataset()
-        for keyword, value in elements.items():
-            setattr(one, keyword, value)
-        return one
     image(ds)
     ds.AcquisitionDuration = 60.0
     kinds = ("IEC_HEAD", "IEC_PARTIAL_BODY", "IEC_LOCAL", "SMR_B1RMS", "IEC_WHOLE_BODY")
-    sar = [item(SpecificAbsorptionRateDefinition=kind, SpecificAbsorptionRateValue=0.25) for kind in kinds]
-    timing = item(MRTimingAndRelatedParametersSequence=[item(SpecificAbsorptionRateSequence=sar)])
-    ds.PerFrameFunctionalGroupsSequence = [timing]
+    ds.PerFrameFunctionalGroupsSequence = [functional_group(*((kind, 0.25) for kind in kinds))]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -485,6 +477,13 @@ def test_a_request_that_meets_a_connection_just_closed_is_repeated_without_a_wor
 # Start-up
 # ------------------------------------------------------------------------------------------------------------------
 
+def imports(home, *arguments, url=None, whole=False) -> tuple[int, set[str]]:
+    """Exit status of a run, and the packages that it imported; with `whole` each module's full name."""
+    ran = home.run(*arguments, url=url, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    names = {line.rpartition("|")[2].strip() for line in ran.err.splitlines() if line.startswith("import time:")}
+    return ran.status, names if whole else {name.partition(".")[0] for name in names}
+
+
 HEAVY = {"pyorthanc", "pydicom", "httpx", "httpcore", "numpy", "tqdm", "ssl", "asyncio"}
 
 
@@ -492,30 +491,25 @@ HEAVY = {"pyorthanc", "pydicom", "httpx", "httpcore", "numpy", "tqdm", "ssl", "a
     (["--help"], 0), (["--version"], 0), ([], 2), (["E*"], 2), (["20240230"], 2), (["--jobs", "0", "E1"], 2), (["--timeout", "x", "E1"], 2),
     (["--nonsense", "E1"], 2), (["--url", "ftp://127.0.0.1", "E1"], 2), (["--url", "http://u:p@127.0.0.1", "E1"], 2),
     (["--csv", "no/such/folder.csv", "E1"], 2), (["@no-such-file"], 2), (["--netrc", "no-such-file", "E1"], 2), (["-v", "-q", "E1"], 2),
+    (["202413"], 2), (["E1", "--url", "nothing"], 2),
 ], ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "")
 def test_help_version_and_usage_errors_import_no_package(home, arguments, status):
-    ended = subprocess.run([sys.executable, "-X", "importtime", str(PROGRAM), *arguments], cwd=home.folder, env=home.environment(),
-                           capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines() if line.startswith("import time:")}
-    assert ended.returncode == status and "argparse" in imported
+    ended, imported = imports(home, *arguments)
+    assert ended == status and {"argparse", "sqlite3"} <= imported
     assert imported & HEAVY == set()
 
 
 def test_a_run_that_asks_the_server_nothing_imports_no_package(full, home):
     home.run("EM03", url=full.url)
-    ended = subprocess.run([sys.executable, "-X", "importtime", *home.command("EM03", url="http://127.0.0.1:9")[1:]], cwd=home.folder, env=home.environment(),
-                           capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines() if line.startswith("import time:")}
-    assert ended.returncode == 0 and imported & HEAVY == set()
+    ended, imported = imports(home, "EM03", url="http://127.0.0.1:9")
+    assert ended == 0 and imported & HEAVY == set()
 
 
 def test_a_run_imports_of_pyorthanc_its_client_alone(full, home):
     """The rest of the package takes longer than a month's requests."""
-    ended = subprocess.run([sys.executable, "-X", "importtime", *home.command("EM03", url=full.url)[1:]], cwd=home.folder, env=home.environment(),
-                           capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
-    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
+    ended, imported = imports(home, "EM03", url=full.url, whole=True)
     unused = {"pyorthanc", "asyncio"} | ({"pydicom"} if full.extended else set())    # old servers name tags by keyword: that needs its dictionary
-    assert ended.returncode == 0 and "httpx" in imported
+    assert ended == 0 and "httpx" in imported
     assert imported & unused == set()
 
 

@@ -1,11 +1,9 @@
 """Whatever a server or a network does: an exit status, a sentence, no traceback, whole studies, and the next run completes."""
-import contextlib
 import datetime
 import email.utils
 import json
 import os
 import re
-import sqlite3
 import subprocess
 import sys
 import time
@@ -48,18 +46,6 @@ FILES = [data for day, accession in enumerate(MONTH, 1) for data in examined(acc
 def whole(accession: str, series: int = 3) -> set:
     """What must be stored of an accession: (series_uid, sar, duration)."""
     return {(dicom_files.uid(accession, one), 0.5, 60) for one in range(1, series + 1)}
-
-
-def stored(home: Home) -> dict[str, set]:
-    """{accession: {(series_uid, sar, duration)}}, once the database is sound."""
-    if not home.db.exists():
-        return {}
-    with contextlib.closing(sqlite3.connect(home.db)) as conn:
-        assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        found = {accession: set() for (accession,) in conn.execute("SELECT accession FROM studies")}
-        for accession, *rest in conn.execute("SELECT accession, series_uid, sar, duration FROM series"):
-            found[accession].add(tuple(rest))
-    return found
 
 
 @pytest.fixture
@@ -144,7 +130,7 @@ def calls(server, tmp_path_factory, warm):
     server.misbehave = None
     server.forget()
     assert home.run("--jobs", 1, *TOKENS, url=server.url).status == 0
-    assert stored(home) == {accession: whole(accession) for accession in (*MONTH, NAMED)}
+    assert home.stored() == {accession: whole(accession) for accession in (*MONTH, NAMED)}
     kinds = {"system", "find study", "tags", "content"} | ({"statistics", "series"} if server.old else {"find series", "find instance"})
     assert set(server.kinds) == kinds
     return first_middle_last(list(server.requests))
@@ -162,7 +148,7 @@ def test_a_fault_at_any_call_is_a_sentence_and_the_next_run_completes(home, here
         server.misbehave = fail_always(target, fault)
         ran = here(*TOKENS, url=server.url)
         server.misbehave = None
-        found = stored(home)
+        found = home.stored()
         assert ran.status == 1, what
         assert len(errors(ran)) == 1, (what, ran.err)
         assert "HTTP" in ran.err or "answer" in ran.err or "redirect" in ran.err, (what, ran.err)
@@ -175,7 +161,7 @@ def test_a_fault_at_any_call_is_a_sentence_and_the_next_run_completes(home, here
             assert {*MONTH, NAMED} - set(found) in missing_after(kind, target), what
             assert 3 <= tried <= 8 if fault in CURABLE else tried == (2 if fault in TIMEOUTS else 1), what
         assert here(*TOKENS, url=server.url).status == 0, what
-        assert stored(home) == {accession: whole(accession) for accession in (*MONTH, NAMED)}, what
+        assert home.stored() == {accession: whole(accession) for accession in (*MONTH, NAMED)}, what
 
 
 @pytest.mark.parametrize("fault", sorted(CURABLE | TIMEOUTS))
@@ -193,7 +179,7 @@ def test_a_fault_that_passes_is_cured_by_repeating(home, here, server, calls, mo
         ran = here(*TOKENS, url=server.url)
         server.misbehave = None
         assert failed and ran.status == 0, (kind, ran.err)
-        assert stored(home) == {accession: whole(accession) for accession in (*MONTH, NAMED)}, kind
+        assert home.stored() == {accession: whole(accession) for accession in (*MONTH, NAMED)}, kind
 
 
 @GENERATIONS
@@ -204,10 +190,10 @@ def test_the_same_holds_for_the_whole_process(home, old, fault):
         ran = home.run(*TOKENS, url=server.url)
         assert ran.status == 1
         assert [line for line in ran.err.splitlines() if " ERROR E2: " in line] == errors(ran) != []
-        assert stored(home) == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
+        assert home.stored() == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
         server.misbehave = None
         assert home.run(*TOKENS, url=server.url).status == 0
-        assert set(stored(home)) == {*MONTH, NAMED}
+        assert set(home.stored()) == {*MONTH, NAMED}
 
 
 def second_instance(server: StandIn, accession: str) -> str:
@@ -238,9 +224,9 @@ def test_faults_before_a_real_server_end_alike(home, here, real, monkeypatch, fa
             ran = here(*TOKENS, url=proxy.url)
             proxy.misbehave = None
             assert ran.status == 1 and len(errors(ran)) == 1, (kind, ran.err)
-            assert all(series == whole(accession) for accession, series in stored(home).items())
+            assert all(series == whole(accession) for accession, series in home.stored().items())
             assert here(*TOKENS, url=proxy.url).status == 0
-            assert stored(home) == {accession: whole(accession) for accession in (*MONTH, NAMED)}
+            assert home.stored() == {accession: whole(accession) for accession in (*MONTH, NAMED)}
 
 
 # -- repeating --------------------------------------------------------------------------------------------------------
@@ -259,7 +245,7 @@ def test_a_month_is_stored_whole_although_one_answer_in_five_fails(home, here, o
         server.misbehave = one_in_five
         ran = here("202406", url=server.url, jobs=4)
     assert (ran.status, ran.printed) == (0, TWENTY)
-    assert stored(home) == {accession: whole(accession, 2) for accession in TWENTY}
+    assert home.stored() == {accession: whole(accession, 2) for accession in TWENTY}
 
 
 def test_a_month_is_stored_whole_with_the_waits_that_users_have(home):
@@ -267,7 +253,7 @@ def test_a_month_is_stored_whole_with_the_waits_that_users_have(home):
         server.misbehave = one_in_five
         ran = home.run("202406", url=server.url)
     assert (ran.status, ran.printed) == (0, TWENTY)
-    assert stored(home) == {accession: whole(accession, 2) for accession in TWENTY}
+    assert home.stored() == {accession: whole(accession, 2) for accession in TWENTY}
 
 
 class Clock:
@@ -378,8 +364,8 @@ def test_a_server_that_goes_away_ends_the_run_with_what_is_stored(home, here, ol
     assert ran.status == 1
     assert 1 <= len([line for line in errors(ran) if "cannot be reached" in line]) <= len(errors(ran)) <= 1 + jobs    # those under way
     assert "not reached" in ran.err
-    assert all(series == whole(accession, 2) for accession, series in stored(home).items())
-    assert ran.printed == [accession for accession in TWENTY if accession in stored(home)]
+    assert all(series == whole(accession, 2) for accession, series in home.stored().items())
+    assert ran.printed == [accession for accession in TWENTY if accession in home.stored()]
 
 
 PASSWORD = "pass-word-7788"
@@ -405,7 +391,7 @@ def test_denied_access_ends_the_run_at_once_naming_netrc_and_host(home, here, ol
     (sentence,) = errors(ran)
     assert str(path) in sentence and "127.0.0.1" in sentence and str(status) in sentence
     assert PASSWORD not in ran.err + ran.out and "someone" not in ran.err + ran.out
-    assert all(series == whole(accession) for accession, series in stored(home).items())
+    assert all(series == whole(accession) for accession, series in home.stored().items())
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
@@ -422,7 +408,7 @@ def test_denied_access_in_mid_run_leaves_what_is_stored_and_asks_no_more(home, h
     assert ran.status == 1
     (sentence,) = errors(ran)
     assert "netrc" in sentence
-    assert ran.printed == ["E0", "E1", "E2", "E3"] == sorted(stored(home))
+    assert ran.printed == ["E0", "E1", "E2", "E3"] == sorted(home.stored())
     assert asked == 5 if jobs == 1 else asked <= 5 + jobs
 
 
@@ -491,7 +477,7 @@ def test_an_answer_that_does_not_come_in_time_is_asked_for_once_more(home, fault
     assert ran.status == 1
     (sentence,) = errors(ran)
     assert " E2: " in sentence and "0.8 s" in sentence
-    assert sorted(stored(home)) == ["E1", "E3"]
+    assert sorted(home.stored()) == ["E1", "E3"]
 
 
 # -- answers that are not what was asked for -----------------------------------------------------------------------------
@@ -557,7 +543,7 @@ def test_an_answer_of_another_shape_fails_its_study_and_no_other(home, here, wro
     assert ran.status == 1
     (sentence,) = errors(ran)
     assert " E2: " in sentence
-    assert stored(home) == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
+    assert home.stored() == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
 
 
 WRONG_LISTS = ["a number", "null", "a list of numbers", "deeply nested", "without IDs", "without stability", "stability as text", "tags as a list"]
@@ -571,7 +557,7 @@ def test_a_list_of_studies_of_another_shape_fails_its_date_and_no_other(home, he
     assert ran.status == 1
     (sentence,) = errors(ran)
     assert "20240401-20240430" in sentence
-    assert set(stored(home)) == {NAMED}
+    assert set(home.stored()) == {NAMED}
 
 
 @pytest.mark.parametrize("wrong", ["a number", "null", "deeply nested", "without IDs", "without parents", "stability as text", "an ID that is a number"],
@@ -584,7 +570,7 @@ def test_a_list_of_series_of_another_shape_fails_its_study_on_older_servers(home
     assert ran.status == 1
     (sentence,) = errors(ran)
     assert " E2: " in sentence
-    assert stored(home) == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
+    assert home.stored() == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
 
 
 @GENERATIONS
@@ -597,7 +583,7 @@ def test_a_header_that_ends_after_a_whole_line_is_not_taken_for_a_short_one(home
         server.misbehave = lambda count, request: lines if request.kind == "tags" and wanted in request.path else None
         ran = here(*TOKENS, url=server.url)
     assert ran.status == 1
-    assert stored(home) == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
+    assert home.stored() == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
 
 
 @GENERATIONS
@@ -607,7 +593,7 @@ def test_raw_content_of_a_page_of_some_proxy_is_no_value(home, here, old):
         server.misbehave = lambda count, request: "html" if request.kind == "content" else None
         ran = here("E1", url=server.url)
     assert ran.status == 1
-    assert stored(home) == {}
+    assert home.stored() == {}
 
 
 @pytest.mark.parametrize("kind", ["system", "find study", "find series", "find instance", "tags", "content"])
@@ -619,7 +605,7 @@ def test_a_huge_answer_is_not_read_to_its_end(home, here, monkeypatch, kind):
         tried = server.kinds.count(kind)
     assert (ran.status, tried) == (1, 1)
     assert "more than 1 MB" in ran.err
-    assert stored(home) == {}
+    assert home.stored() == {}
 
 
 @pytest.mark.parametrize("arguments", [["202404"], ["E2"], ["--force", "E2"]], ids=" ".join)
@@ -638,9 +624,9 @@ def test_other_patients_studies_in_an_answer_are_never_stored(home, here, old, a
                 return lambda answer: server.answer(wrong)
         server.misbehave = other
         ran = here(*arguments, url=server.url)
-    assert stored(home) == ({accession: whole(accession) for accession in ("E1", "E3")} if "202404" in arguments else {}) or stored(home).get("E2") == whole("E2")
-    assert all(series == whole(accession) for accession, series in stored(home).items())
-    assert ran.status == (0 if set(stored(home)) >= {"E2"} else 1)
+    assert home.stored() == ({accession: whole(accession) for accession in ("E1", "E3")} if "202404" in arguments else {}) or home.stored().get("E2") == whole("E2")
+    assert all(series == whole(accession) for accession, series in home.stored().items())
+    assert ran.status == (0 if set(home.stored()) >= {"E2"} else 1)
 
 
 @GENERATIONS
@@ -654,7 +640,7 @@ def test_studies_that_no_token_named_are_not_stored(home, here, old):
         server.misbehave = all_of_it
         ran = here("20240402", NAMED, url=server.url)
     assert ran.status == 0
-    assert stored(home) == {"E2": whole("E2"), NAMED: whole(NAMED)}
+    assert home.stored() == {"E2": whole("E2"), NAMED: whole(NAMED)}
 
 
 def test_a_series_that_was_not_sent_is_noticed(home, here):
@@ -662,7 +648,7 @@ def test_a_series_that_was_not_sent_is_noticed(home, here):
     with StandIn(*FILES) as server:
         server.misbehave = lambda count, request: rewritten(lambda records: records[1:]) if series_of_e2(request) else None
         ran = here("202404", url=server.url)
-    assert stored(home)["E2"] == whole("E2") if ran.status == 0 else "E2" not in stored(home)
+    assert home.stored()["E2"] == whole("E2") if ran.status == 0 else "E2" not in home.stored()
 
 
 def test_an_endless_list_of_studies_ends(home, here):
@@ -676,7 +662,7 @@ def test_an_endless_list_of_studies_ends(home, here):
         ran = here("202404", url=server.url)
         assert len(server.requests) < 200
     assert ran.status in (0, 1)
-    assert all(series == whole(accession) for accession, series in stored(home).items())
+    assert all(series == whole(accession) for accession, series in home.stored().items())
 
 
 # -- what is shown -------------------------------------------------------------------------------------------------------
@@ -774,4 +760,4 @@ def test_an_id_that_is_none_is_neither_asked_for_nor_shown(home, here, bad):
     assert all(re.fullmatch(r"/(system|statistics|(studies|instances|series)/[0-9a-f-]{44}(/(series|tags|content/[0-9a-f-]{9})(\?[a-z&]*)?)?)", path) for path in asked)
     assert visible(ran.out) and visible(ran.err)
     assert max(map(len, ran.err.splitlines())) < 1000
-    assert stored(home) == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
+    assert home.stored() == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}

@@ -2,7 +2,7 @@
 import datetime
 
 import pytest
-from dicom_files import ENHANCED_MR, instance, study, uid
+from dicom_files import ENHANCED_MR, functional_group, instance, study, uid
 from endpoint import Proxy
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
@@ -28,14 +28,7 @@ def un_time(ds):
 def enhanced(ds, per_frame=False, value=0.25, kind="IEC_WHOLE_BODY"):
     without(ds, 0x00181316, 0x00510010, 0x0051100A)
     ds.SOPClassUID = ENHANCED_MR
-    items = []
-    for definition, sar in (("SMR_B1RMS", 9.0), (kind, value)):
-        item = Dataset()
-        item.SpecificAbsorptionRateDefinition, item.SpecificAbsorptionRateValue = definition, sar
-        items.append(item)
-    timing, group = Dataset(), Dataset()
-    timing.SpecificAbsorptionRateSequence = items
-    group.MRTimingAndRelatedParametersSequence = [timing]
+    group = functional_group(("SMR_B1RMS", 9.0), (kind, value))
     ds.AcquisitionDuration = 35.4
     if per_frame:
         ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [Dataset()], [group] * 40

@@ -28,22 +28,8 @@ def files(first: int, last: int, sar: str) -> list[bytes]:
 
 
 def whole(first: int, last: int, sar: float) -> dict[str, set]:
-    return {accession: {(dicom_files.uid(accession, series), sar) for series in range(first, last + 1)} for accession in MONTH}
-
-
-def stored(home: Home) -> dict[str, set]:
-    """{accession: {(series_uid, sar)}}, once the database is sound."""
-    if not home.db.exists():
-        return {}
-    with contextlib.closing(sqlite3.connect(home.db, timeout=30, isolation_level=None)) as conn:
-        conn.execute("BEGIN")    # both tables as they are at one moment
-        assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        if not conn.execute("SELECT name FROM sqlite_master WHERE name = 'series'").fetchall():
-            return {}
-        found = {accession: set() for (accession,) in conn.execute("SELECT accession FROM studies")}
-        for accession, *rest in conn.execute("SELECT accession, series_uid, sar FROM series"):
-            found[accession].add(tuple(rest))
-    return found
+    """What must be stored of the month: (series_uid, sar, duration)."""
+    return {accession: {(dicom_files.uid(accession, series), sar, 60) for series in range(first, last + 1)} for accession in MONTH}
 
 
 BEFORE, AFTER = (1, 3, "0.5"), (2, 5, "0.75")
@@ -105,12 +91,12 @@ def test_a_signal_ends_the_run_while_a_request_hangs(home, server, signum, statu
     process = home.start("--timeout", "600", "--jobs", jobs, "202404", url=server.url)
     assert hanging.wait(30)
     if during == "a later study":
-        reached(lambda: len(stored(home)) == 5)
+        reached(lambda: len(home.stored()) == 5)
     process.send_signal(signum)
     code, out, err = ended(process)
     assert code == status
     assert [line for line in err.splitlines() if "interrupted by" in line] == [err.splitlines()[-1]]
-    found = stored(home)
+    found = home.stored()
     assert sorted(found) == (MONTH[:5] if during == "a later study" else [])
     assert out.splitlines() in (sorted(found), sorted(found)[:-1])    # the last one may be stored and not yet printed
     assert all(series == whole(1, 3, 0.5)[accession] for accession, series in found.items())
@@ -129,7 +115,7 @@ def test_a_signal_ends_the_run_while_it_waits_for_another_writer(home, server, s
         other.execute("ROLLBACK")
     assert code == status
     assert "interrupted by" in err.splitlines()[-1]
-    assert stored(home) == {"E10": whole(1, 3, 0.5)["E10"]}
+    assert home.stored() == {"E10": whole(1, 3, 0.5)["E10"]}
 
 
 @SIGNALS
@@ -149,20 +135,20 @@ def test_a_signal_while_studies_are_stored_leaves_whole_ones_and_the_next_run_co
     process.send_signal(signum)
     code, out, _ = ended(process)
     assert code == status
-    found = stored(home)
+    found = home.stored()
     assert first == MONTH[0] and set(out.splitlines()) <= set(found)
     assert len(found) < len(MONTH)
     assert all(series == whole(1, 3, 0.5)[accession] for accession, series in found.items())
     server.delay = 0
     assert home.run("202404", url=server.url).status == 0
-    assert stored(home) == whole(1, 3, 0.5)
+    assert home.stored() == whole(1, 3, 0.5)
 
 
 def test_no_csv_is_written_on_an_interrupt(home, server):
     (home.folder / "all.csv").write_text("as it was")
     server.misbehave = lambda count, request: "hang" if HANGS["a later study"](request) else None
     process = home.start("--timeout", "600", "--csv", "all.csv", "202404", url=server.url)
-    reached(lambda: len(stored(home)) == 5)
+    reached(lambda: len(home.stored()) == 5)
     process.send_signal(signal.SIGTERM)
     assert ended(process)[0] == 143
     assert (home.folder / "all.csv").read_text() == "as it was"
@@ -192,7 +178,7 @@ def test_a_killed_run_leaves_no_study_half_stored_and_the_next_run_completes(hom
         source, wanted = (other, after) if force else (server, before)
         if force:
             assert home.run("202404", url=server.url).status == 0
-            assert stored(home) == before
+            assert home.stored() == before
         source.forget()
         arguments = ["--force"] * force + ["202404"]
         process = home.start(*arguments, url=source.url)
@@ -200,11 +186,11 @@ def test_a_killed_run_leaves_no_study_half_stored_and_the_next_run_completes(hom
         time.sleep(random.Random(seed * 2 + force).uniform(0, span))
         process.kill()
         process.communicate()
-        found = stored(home)
+        found = home.stored()
         assert set(found) == set(MONTH) if force else set(found) <= set(MONTH)
         assert all(series in (wanted[accession], before[accession]) for accession, series in found.items())
         assert home.run(*arguments, url=source.url).status == 0
-        assert stored(home) == wanted
+        assert home.stored() == wanted
 
 
 def test_a_run_killed_between_two_series_of_a_study_leaves_it_out(home, server):
@@ -219,9 +205,9 @@ def test_a_run_killed_between_two_series_of_a_study_leaves_it_out(home, server):
               "sys.exit(program.main())\n")
     ran = subprocess.run([sys.executable, "-c", script, str(PROGRAM.parent), "--url", server.url, "202404"], cwd=home.folder, env=home.environment(), capture_output=True)
     assert ran.returncode == -signal.SIGKILL
-    assert sorted(stored(home)) == MONTH[:3]
+    assert sorted(home.stored()) == MONTH[:3]
     assert home.run("202404", url=server.url).status == 0
-    assert stored(home) == whole(1, 3, 0.5)
+    assert home.stored() == whole(1, 3, 0.5)
 
 
 # -- standard streams ------------------------------------------------------------------------------------------------------
@@ -235,10 +221,10 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(home, server):
     process.stderr.close()
     assert process.wait(30) not in (70, 120)
     assert not any(word in err for word in ("Traceback", "Exception", "BrokenPipe", "Broken pipe"))
-    assert all(series == whole(1, 3, 0.5)[accession] for accession, series in stored(home).items())
+    assert all(series == whole(1, 3, 0.5)[accession] for accession, series in home.stored().items())
     server.delay = 0
     assert home.run("202404", url=server.url).status == 0
-    assert stored(home) == whole(1, 3, 0.5)
+    assert home.stored() == whole(1, 3, 0.5)
 
 
 def test_a_full_stdout_ends_the_run_with_a_sentence(home, server):
@@ -250,7 +236,7 @@ def test_a_full_stdout_ends_the_run_with_a_sentence(home, server):
     assert len([line for line in err.splitlines() if " ERROR " in line]) == 1 and "standard output" in err
     counts = re.search(r"(\d+) stored, (\d+) already stored, (\d+) failed, (\d+) not reached", err.splitlines()[-1])
     assert sum(map(int, counts.groups())) == len(MONTH)
-    assert all(series == whole(1, 3, 0.5)[accession] for accession, series in stored(home).items())
+    assert all(series == whole(1, 3, 0.5)[accession] for accession, series in home.stored().items())
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
@@ -259,7 +245,7 @@ def test_closed_streams_stop_nothing(home, server, closed):
                          capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0
     assert "Traceback" not in ran.stderr and "Exception" not in ran.stderr
-    assert stored(home) == whole(1, 3, 0.5)
+    assert home.stored() == whole(1, 3, 0.5)
     if ">&-" not in closed.replace("2>&-", ""):
         assert ran.stdout.splitlines() == MONTH
 
@@ -277,7 +263,7 @@ def test_several_runs_on_one_database_at_once_all_succeed(home, server):
     for process in started:
         code, _, err = ended(process)
         assert code == 0, err
-    assert stored(home) == whole(1, 3, 0.5)
+    assert home.stored() == whole(1, 3, 0.5)
 
 
 @pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
@@ -292,7 +278,7 @@ def test_a_foreign_writer_is_waited_for(home, server, lock, arguments):
         ran = home.run(*arguments, url=server.url)
         timer.join()
     assert ran.status == 0, ran.err
-    assert stored(home) == (whole(1, 3, 0.5) if arguments == ["202404"] else {"E10": whole(1, 3, 0.5)["E10"]})
+    assert home.stored() == (whole(1, 3, 0.5) if arguments == ["202404"] else {"E10": whole(1, 3, 0.5)["E10"]})
 
 
 def test_a_writer_that_does_not_let_go_is_a_sentence_and_nothing_is_lost(home, server, monkeypatch, capfd):
@@ -306,4 +292,4 @@ def test_a_writer_that_does_not_let_go_is_a_sentence_and_nothing_is_lost(home, s
     err = capfd.readouterr().err
     (sentence,) = [line for line in err.splitlines() if " ERROR " in line]
     assert str(home.db) in sentence and "locked" in sentence
-    assert stored(home) == {"E10": whole(1, 3, 0.5)["E10"]}
+    assert home.stored() == {"E10": whole(1, 3, 0.5)["E10"]}
