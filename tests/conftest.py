@@ -149,7 +149,7 @@ class Home:
             ran = Ran(*self.warm.run(self.command(*arguments, url=url)[2:], self.folder, self.environment(env)))
             assert "Traceback" not in ran.err, ran.err
             return ran
-        usual = {"capture_output": True, "text": True, "timeout": 120, "stdin": subprocess.DEVNULL}
+        usual = {"capture_output": True, "text": True, "timeout": 300, "stdin": subprocess.DEVNULL}
         ended = subprocess.run(self.command(*arguments, url=url), cwd=self.folder, env=self.environment(env),
                                check=False, **usual | options)
         assert "Traceback" not in (ended.stderr or ""), ended.stderr

@@ -203,7 +203,7 @@ def on_terminal(home, *arguments, stdout_too=False):
                          stdout=follower if stdout_too else subprocess.PIPE, stderr=follower)
     os.close(follower)
     shown = b""
-    watch = threading.Timer(120, process.kill)
+    watch = threading.Timer(300, process.kill)
     watch.start()
     with contextlib.suppress(OSError):    # the other end is closed: the process has ended
         while data := os.read(leader, 65536):

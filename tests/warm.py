@@ -29,7 +29,7 @@ class Warm:
 
     def __exit__(self, *_):
         self.socket.close()
-        self.process.wait(20)
+        self.process.wait(60)
 
     def run(self, arguments, folder, environment) -> tuple[int, str, str]:
         """Exit status, stdout, stderr."""
