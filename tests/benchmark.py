@@ -2,9 +2,12 @@
 """Times, requests, bytes and memory of whole runs, side by side, on a real Orthanc that this script fills itself.
 
     python tests/benchmark.py [--quick] [--sections start,month,…] [--orthanc 'COMMAND'] > figures.md
+    git show REVISION:store_study_info.py > /tmp/other.py && python tests/benchmark.py --against /tmp/other.py
 
-Compared are the program, with 4 jobs and with 1; the walk that pyorthanc's classes lead to; and the limit, which is what
-the server itself needs to tell everything: one `tools/find` on a connection that is open already.
+Compared are the program, with 4 jobs and with 1; the walk that pyorthanc's classes lead to; and the limit, which is
+what the server itself needs to tell everything: one `tools/find` on a connection that is open already. With `--against`
+another revision of the program does all that the program does, turn by turn, and each section ends with what the
+program takes of the other's seconds, memory and requests: below 1 it is the better one.
 
 How it is measured: whole processes, start-up included, one of each contender in turn, so that a busy moment meets all.
 A time is the median of the rounds, a ratio the median of the ratios within each round. Without added latency nothing
@@ -27,15 +30,20 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import shutil
 import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from orthanc import Orthanc
 
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = HERE.parent / "store_study_info.py"
@@ -62,10 +70,12 @@ from pyorthanc import Orthanc, find_studies
 url, db, dates = sys.argv[1:]
 client = Orthanc(url, timeout=60)
 conn = sqlite3.connect(db)
-conn.execute("CREATE TABLE studies (accession TEXT PRIMARY KEY, patient_id TEXT, age INTEGER, height REAL, weight REAL, sex TEXT,"
-             " ethnic_group TEXT, body_part TEXT, manufacturer_model TEXT, study_date TEXT, study_description TEXT)")
-conn.execute("CREATE TABLE series (series_uid TEXT PRIMARY KEY, accession TEXT NOT NULL REFERENCES studies(accession), sar REAL,"
-             " duration INTEGER, series_number INTEGER, series_description TEXT, pulse_sequence_name TEXT, sequence_name TEXT)")
+conn.execute("CREATE TABLE studies (accession TEXT PRIMARY KEY, patient_id TEXT, age INTEGER, height REAL, weight REAL,"
+             " sex TEXT, ethnic_group TEXT, body_part TEXT, manufacturer_model TEXT, study_date TEXT,"
+             " study_description TEXT)")
+conn.execute("CREATE TABLE series (series_uid TEXT PRIMARY KEY, accession TEXT NOT NULL REFERENCES studies(accession),"
+             " sar REAL, duration INTEGER, series_number INTEGER, series_description TEXT, pulse_sequence_name TEXT,"
+             " sequence_name TEXT)")
 
 def get(ds, *tag):
     return str(ds[tag].value).strip() if tag in ds else None
@@ -80,16 +90,19 @@ for study in find_studies(client, {"AccessionNumber": "E*", "StudyDate": dates})
     for series in study.series:
         ds = series.instances[0].get_pydicom()
         if (0x0018, 0x1316) in ds and (0x0051, 0x100a) in ds:
-            rows.append((series.uid, accession, float(ds[0x0018, 0x1316].value), seconds(get(ds, 0x0051, 0x100a)), int(ds.SeriesNumber),
-                         get(ds, 0x0008, 0x103e), get(ds, 0x0018, 0x9005), get(ds, 0x0018, 0x0024)))
+            rows.append((series.uid, accession, float(ds[0x0018, 0x1316].value), seconds(get(ds, 0x0051, 0x100a)),
+                         int(ds.SeriesNumber), get(ds, 0x0008, 0x103e), get(ds, 0x0018, 0x9005),
+                         get(ds, 0x0018, 0x0024)))
     with conn:
         conn.execute("INSERT INTO studies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (
-            accession, get(ds, 0x0010, 0x0020), int(re.match(r"\\d+", ds.PatientAge)[0]), float(ds.PatientSize), float(ds.PatientWeight),
-            ds.PatientSex, get(ds, 0x0010, 0x2160), get(ds, 0x0018, 0x0015), get(ds, 0x0008, 0x1090), ds.StudyDate, ds.StudyDescription))
+            accession, get(ds, 0x0010, 0x0020), int(re.match(r"\\d+", ds.PatientAge)[0]), float(ds.PatientSize),
+            float(ds.PatientWeight), ds.PatientSex, get(ds, 0x0010, 0x2160), get(ds, 0x0018, 0x0015),
+            get(ds, 0x0008, 0x1090), ds.StudyDate, ds.StudyDescription))
         conn.executemany("INSERT INTO series VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 '''
 
-# Prints the seconds that the one request takes, its answer read and not looked at. The request before it opens the connection.
+# Prints the seconds that the one request takes, its answer read and not looked at. The request before it opens the
+# connection.
 LIMIT = '''
 import sys, time
 import httpx
@@ -113,8 +126,10 @@ program["client_class"]()
 
 def limit_body(month: str) -> str:
     from store_study_info import SERIES_TAGS
-    return json.dumps({"Level": "Series", "Query": {"AccessionNumber": "E*", "StudyDate": f"{month}01-{month}31"}, "Since": 0, "Limit": 0,
-                       "Expand": True, "Short": True, "RequestedTags": SERIES_TAGS, "ResponseContent": ["RequestedTags", "Parent", "IsStable"]})
+    return json.dumps({
+        "Level": "Series", "Query": {"AccessionNumber": "E*", "StudyDate": f"{month}01-{month}31"},
+        "Since": 0, "Limit": 0, "Expand": True, "Short": True, "RequestedTags": SERIES_TAGS,
+        "ResponseContent": ["RequestedTags", "Parent", "IsStable"]})
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -146,11 +161,11 @@ def month_files(month: str, studies: int, series: int, instances: int, change: C
         name, date = f"E{month}{index:04d}", study_date(month, index, studies)
         for one in range(1, series + 1):
             for number in range(1, instances + 1):
-                yield dicom_files.instance(name, series=one, number=number, StudyDate=date, ta=f"TA 0{one % 10}:{index % 60:02d}", sar=f"0.{one:02d}{index % 10}",
-                                           change=change)
+                yield dicom_files.instance(name, series=one, number=number, StudyDate=date, change=change,
+                                           ta=f"TA 0{one % 10}:{index % 60:02d}", sar=f"0.{one:02d}{index % 10}")
 
 
-def upload(server, files: Iterable[bytes]) -> tuple[int, int]:
+def upload(server: "Orthanc", files: Iterable[bytes]) -> tuple[int, int]:
     """Files and bytes sent. Two at a time: pydicom makes the next while Orthanc writes the last."""
     count = size = 0
     with ThreadPoolExecutor(2) as pool:
@@ -247,11 +262,14 @@ import json, os, sys, time
 for line in sys.stdin:
     argv, environment, out, err = json.loads(line)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_OPEN, 1, out, flags, 0o600), (os.POSIX_SPAWN_OPEN, 2, err, flags, 0o600)]
+    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_OPEN, 1, out, flags, 0o600),
+             (os.POSIX_SPAWN_OPEN, 2, err, flags, 0o600)]
     began = time.perf_counter()
     pid = os.posix_spawn(argv[0], argv, environment, file_actions=files)
     _, status, usage = os.wait4(pid, 0)
-    print(json.dumps([time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]), flush=True)
+    seconds = time.perf_counter() - began
+    print(json.dumps([seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]),
+          flush=True)
 '''
 
 
@@ -267,20 +285,23 @@ class Runner:
 
     def __init__(self, folder: pathlib.Path, python: str):
         self.folder, self.python = folder, python
-        self.environment = {name: value for name, value in os.environ.items() if name.upper() not in OURS} | {"HOME": str(folder), "COLUMNS": "80"}
+        kept = {name: value for name, value in os.environ.items() if name.upper() not in OURS}
+        self.environment = kept | {"HOME": str(folder), "COLUMNS": "80"}
 
     def __enter__(self):
-        self._process = subprocess.Popen([sys.executable, "-I", "-S", "-c", RUNNER], cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen([sys.executable, "-I", "-S", "-c", RUNNER], cwd=self.folder, text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
 
     def __exit__(self, *_):
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
     def __call__(self, *arguments, expected: int = 0) -> Sample:
         """Run the contenders' Python with these arguments."""
         out, err = self.folder / "out", self.folder / "err"
-        self._process.stdin.write(json.dumps([[self.python, *map(str, arguments)], self.environment, str(out), str(err)]) + "\n")
+        command = [self.python, *map(str, arguments)]
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps([command, self.environment, str(out), str(err)]) + "\n")
         self._process.stdin.flush()
         seconds, cpu, peak, status = json.loads(self._process.stdout.readline())
         if status != expected:
@@ -288,9 +309,14 @@ class Runner:
         return Sample(seconds, cpu, peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), out.read_text())
 
 
-def alternate(rounds: int, contenders: dict[str, Callable[[], Sample]]) -> dict[str, list[Sample]]:
+Contenders = dict[str, Callable[[], Sample]]
+Samples = dict[str, list[Sample]]
+Wire = dict[str, tuple[int, int]]    # requests, bytes
+
+
+def alternate(rounds: int, contenders: Contenders) -> Samples:
     """Each contender once a round, every other round in reverse; an unmeasured round first, for the caches."""
-    samples: dict[str, list[Sample]] = {name: [] for name in contenders}
+    samples: Samples = {name: [] for name in contenders}
     for count in range(rounds + 1):
         for name in list(contenders)[::1 if count % 2 else -1]:
             sample = contenders[name]()
@@ -299,12 +325,16 @@ def alternate(rounds: int, contenders: dict[str, Callable[[], Sample]]) -> dict[
     return samples
 
 
+def each(samples: list[Sample], field: str = "seconds") -> list[float]:
+    return [getattr(sample, field) for sample in samples]
+
+
 def median(samples: list[Sample], field: str = "seconds") -> float:
-    return statistics.median(getattr(sample, field) for sample in samples)
+    return statistics.median(each(samples, field))
 
 
 def ratio(above: Iterable[float], below: Iterable[float]) -> float:
-    return statistics.median(a / b if b else math.inf for a, b in zip(above, below))
+    return statistics.median(a / b if b else math.inf for a, b in zip(above, below, strict=True))
 
 
 def table(heads: list[str], rows: Iterable[Iterable]) -> str:
@@ -314,8 +344,56 @@ def table(heads: list[str], rows: Iterable[Iterable]) -> str:
 
 def contents(db: pathlib.Path) -> list[tuple]:
     with contextlib.closing(sqlite3.connect(db)) as conn:
-        return [*conn.execute("SELECT accession, patient_id, age, height, weight, sex, study_date FROM studies ORDER BY 1"),
-                *conn.execute("SELECT * FROM series ORDER BY 1")]
+        return [*conn.execute("SELECT accession, patient_id, age, height, weight, sex, study_date"
+                              " FROM studies ORDER BY accession"),
+                *conn.execute("SELECT * FROM series ORDER BY series_uid")]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Against another revision
+# ------------------------------------------------------------------------------------------------------------------
+
+OTHER = "other: "    # before the name of what the other program does, and of the database that it does it in
+
+
+def with_other(bench: "Bench", make: Callable[[pathlib.Path, str], Contenders]) -> Contenders:
+    """make(program, '') and, each beside its like, make(other program, OTHER)."""
+    contenders = make(PROGRAM, "")
+    if not bench.arguments.against:
+        return contenders
+    others = make(bench.arguments.against, OTHER)
+    return {name: run for like in contenders
+            for name, run in ((like, contenders[like]), (OTHER + like, others[like]))}
+
+
+def plain(samples: Samples) -> Samples:
+    """What the program did, without the other."""
+    return {name: found for name, found in samples.items() if not name.startswith(OTHER)}
+
+
+def other_rows(samples: Samples, wire: Wire | None = None, after: str = "") -> list[tuple]:
+    """A row for each run that the other program did as well: figures of both, ratios within each round."""
+    rows = []
+    for name, found in plain(samples).items():
+        if OTHER + name not in samples:
+            continue
+        others = samples[OTHER + name]
+        requests = []
+        if wire and name in wire:
+            mine, theirs = wire[name][0], wire[OTHER + name][0]
+            requests = [mine, theirs, f"{ratio([mine], [theirs]):.2f}" if mine or theirs else "1.00"]
+        rows.append((name + after, f"{median(found):.3f}", f"{median(others):.3f}",
+                     *(f"{ratio(each(found, field), each(others, field)):.2f}" for field in Sample._fields[:3]),
+                     *(requests or [""] * 3)))
+    return rows
+
+
+def against(bench: "Bench", rows: list[tuple]) -> str:
+    """The end of a section, where there is another program."""
+    if not bench.arguments.against:
+        return ""
+    heads = ["run", "s", "other's s", "s, ratio", "CPU s, ratio", "peak MB, ratio", "requests", "other's", "ratio"]
+    return f"\nBeside {bench.arguments.against}:\n\n" + table(heads, rows)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -324,7 +402,7 @@ def contents(db: pathlib.Path) -> list[tuple]:
 
 class Bench(NamedTuple):
     arguments: argparse.Namespace
-    server: object
+    server: "Orthanc"
     relay: Relay
     run: Runner
     folder: pathlib.Path
@@ -332,11 +410,12 @@ class Bench(NamedTuple):
     def say(self, text: str) -> None:
         print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
-    def program(self, url: str, month: str, jobs: int = 4, db: str = "ours.db", anew: bool = True) -> Sample:
+    def program(self, url: str, month: str, *more, db: str = "ours.db", anew: bool = True,
+                script: pathlib.Path = PROGRAM) -> Sample:
         path = self.folder / db
         if anew:
             path.unlink(missing_ok=True)
-        return self.run(PROGRAM, "--url", url, "--db", path, "--jobs", jobs, month)
+        return self.run(script, "--url", url, "--db", path, *more, month)
 
     def walk(self, url: str, month: str) -> Sample:
         path = self.folder / "walk.db"
@@ -346,70 +425,113 @@ class Bench(NamedTuple):
     def limit(self, url: str, month: str) -> Sample:
         return self.run("-c", LIMIT, url, limit_body(month))
 
-    def start(self) -> Sample:
-        return self.run("-c", START, PROGRAM)
+    def start(self, script: pathlib.Path = PROGRAM) -> Sample:
+        return self.run("-c", START, script)
+
+    def wire(self, contenders: Contenders) -> Wire:
+        """What each, made for the relay, has on the wire."""
+        wire = {}
+        for name, run in contenders.items():
+            with self.relay.counting(0) as counts:
+                run()
+                wire[name] = counts()
+        return wire
+
+
+COMPILE = "import sys; compile(open(sys.argv[1]).read(), 'it', 'exec')"
 
 
 def section_start(bench: Bench) -> str:
-    def ours(*arguments, **options):
-        return lambda: bench.run(PROGRAM, *arguments, **options)
+    def contenders(script: pathlib.Path, _: str) -> Contenders:
+        return {"compiling the file, nothing else": lambda: bench.run("-c", COMPILE, script),
+                "`--version`": lambda: bench.run(script, "--version"),
+                "`--help`": lambda: bench.run(script, "--help"),
+                "a usage error": lambda: bench.run(script, "E*", expected=2),
+                "everything imported, nothing asked": lambda: bench.start(script)}
+
     bare = "`python -c 'import argparse, sqlite3'`"
     samples = alternate(3 * bench.arguments.rounds, {
         "`python -c pass`": lambda: bench.run("-c", "pass"),
         bare: lambda: bench.run("-c", "import argparse, sqlite3"),
-        "compiling `store_study_info.py`, nothing else": lambda: bench.run("-c", "import sys; compile(open(sys.argv[1]).read(), 'it', 'exec')", PROGRAM),
-        "`--version`": ours("--version"),
-        "`--help`": ours("--help"),
-        "a usage error": ours("E*", expected=2),
-        "everything imported, nothing asked": bench.start,
-    })
+        **with_other(bench, contenders)})
     rows = ((name, f"{1000 * median(found):.0f}", f"{1000 * median(found, 'cpu'):.0f}",
-             f"{ratio((one.seconds for one in found), (one.seconds for one in samples[bare])):.1f}", f"{median(found, 'peak'):.0f}")
-            for name, found in samples.items())
-    return "### Start-up\n\n" + table(["process", "ms", "CPU ms", "× bare", "peak MB"], rows)
+             f"{ratio(each(found), each(samples[bare])):.1f}", f"{median(found, 'peak'):.0f}")
+            for name, found in plain(samples).items())
+    return "### Start-up\n\n" + table(["process", "ms", "CPU ms", "× bare", "peak MB"], rows) \
+        + against(bench, other_rows(samples))
 
 
 def section_month(bench: Bench, month: str = MONTH, title: str = "A month") -> str:
     count = bench.arguments.studies if month == MONTH else bench.arguments.large
     size = f"{count} studies × {bench.arguments.series} series × {bench.arguments.instances} instances"
-    bench.program(bench.server.url, month), bench.walk(bench.server.url, month)
-    ours, walked = contents(bench.folder / "ours.db"), contents(bench.folder / "walk.db")
-    if ours != walked or len(ours) != count * (bench.arguments.series + 1):
-        raise SystemExit(f"the program stored {len(ours)} rows, the walk {len(walked)}, and they are not the same")
+    check_contents(bench, month, count)
 
-    def contenders(url: str) -> dict[str, Callable[[], Sample]]:
-        return {"`--jobs 4`": lambda: bench.program(url, month), "`--jobs 1`": lambda: bench.program(url, month, 1),
-                "again, all stored": lambda: bench.program(url, month, db="stored.db", anew=False),
-                "walk": lambda: bench.walk(url, month), "limit": lambda: bench.limit(url, month), "start": bench.start}
+    def contenders(url: str) -> Contenders:
+        def runs(script: pathlib.Path, prefix: str) -> Contenders:
+            def run(*more, db: str, anew: bool = True) -> Callable[[], Sample]:
+                return lambda: bench.program(url, month, *more, db=prefix + db, anew=anew, script=script)
+            return {"`--jobs 4`": run("--jobs", 4, db="ours.db"), "`--jobs 1`": run("--jobs", 1, db="ours.db"),
+                    "again, all stored": run(db="stored.db", anew=False)}
+        return with_other(bench, runs) | {"walk": lambda: bench.walk(url, month),
+                                          "limit": lambda: bench.limit(url, month), "start": bench.start}
 
-    bench.program(bench.server.url, month, db="stored.db")
-    wire = {}
-    for name, run in contenders(bench.relay.url).items():
-        with bench.relay.counting(0) as counts:
+    for prefix in ("", OTHER):
+        (bench.folder / f"{prefix}stored.db").unlink(missing_ok=True)
+    for name, run in contenders(bench.server.url).items():
+        if name.endswith("stored"):
             run()
-            wire[name] = counts()
-    rows = []
+    wire = bench.wire(contenders(bench.relay.url))
+    rows, others = [], []
     for latency in bench.arguments.latency:
         bench.say(f"{title}: {size}, latency {latency:g} ms")
         with bench.relay.counting(latency / 1000):
             samples = alternate(bench.arguments.rounds, contenders(bench.relay.url if latency else bench.server.url))
         limits = [float(sample.out) for sample in samples["limit"]] if tells_values(bench, month) else []
-        starts, walks = ([sample.seconds for sample in samples[name]] for name in ("start", "walk"))
-        for name in ("`--jobs 4`", "`--jobs 1`", "again, all stored", "walk"):
-            times = [sample.seconds for sample in samples[name]]
-            requests, size_on_wire = wire[name]
-            rows.append((name, f"{latency:g}", f"{median(samples[name]):.2f}", f"{median(samples[name], 'cpu'):.2f}", f"{ratio(walks, times):.1f}",
-                         f"{ratio((time - start for time, start in zip(times, starts)), limits):.1f}" if limits else "", requests, f"{size_on_wire / 1e6:.2f}", f"{median(samples[name], 'peak'):.0f}"))
-        if limits:
-            rows.append(("limit, on an open connection", f"{latency:g}", f"{statistics.median(limits):.2f}", "", "", "1.0", 1, f"{wire['limit'][1] / 1e6:.2f}", ""))
-        rows.append(("interpreter and imports alone", f"{latency:g}", f"{median(samples['start']):.2f}", f"{median(samples['start'], 'cpu'):.2f}", "", "", 0, "0.00",
-                     f"{median(samples['start'], 'peak'):.0f}"))
-    heads = ["run", "latency ms", "s", "CPU s", "faster than walk", "start-up taken off, × limit", "requests", "MB", "peak MB"]
-    return f"### {title}: {size}\n\n" + table(heads, rows)
+        rows += month_rows(samples, wire, limits, latency)
+        others += other_rows(samples, wire, f", {latency:g} ms")
+    heads = ["run", "latency ms", "s", "CPU s", "faster than walk", "start-up taken off, × limit", "requests", "MB",
+             "peak MB"]
+    return f"### {title}: {size}\n\n" + table(heads, rows) + against(bench, others)
+
+
+def month_rows(samples: Samples, wire: Wire, limits: list[float], latency: float) -> list[tuple]:
+    """The rows of one latency. limits: seconds of the limit in each round, none where the server has no such limit."""
+    rows: list[tuple] = []
+    starts = each(samples["start"])
+    for name, found in plain(samples).items():
+        if name in ("limit", "start"):
+            continue
+        beyond = [time - start for time, start in zip(each(found), starts, strict=True)]
+        requests, size = wire[name]
+        rows.append((name, f"{latency:g}", f"{median(found):.2f}", f"{median(found, 'cpu'):.2f}",
+                     f"{ratio(each(samples['walk']), each(found)):.1f}",
+                     f"{ratio(beyond, limits):.1f}" if limits else "",
+                     requests, f"{size / 1e6:.2f}", f"{median(found, 'peak'):.0f}"))
+    if limits:
+        rows.append(("limit, on an open connection", f"{latency:g}", f"{statistics.median(limits):.2f}", "", "", "1.0",
+                     1, f"{wire['limit'][1] / 1e6:.2f}", ""))
+    rows.append(("interpreter and imports alone", f"{latency:g}", f"{median(samples['start']):.2f}",
+                 f"{median(samples['start'], 'cpu'):.2f}", "", "", 0, "0.00",
+                 f"{median(samples['start'], 'peak'):.0f}"))
+    return rows
+
+
+def check_contents(bench: Bench, month: str, count: int) -> None:
+    """End where the contenders do not store the same: then there is nothing to compare."""
+    bench.walk(bench.server.url, month)
+    walked = contents(bench.folder / "walk.db")
+    for script in filter(None, (PROGRAM, bench.arguments.against)):
+        bench.program(bench.server.url, month, script=script)
+        stored = contents(bench.folder / "ours.db")
+        if stored != walked or len(stored) != count * (bench.arguments.series + 1):
+            raise SystemExit(f"{script} stored {len(stored)} rows, the walk {len(walked)}, and they are not the same")
 
 
 def tells_values(bench: Bench, month: str) -> bool:
-    """Whether the server answers with the values at all: older ones ignore RequestedTags, and one request is no limit of theirs."""
+    """Whether the server answers with the values at all.
+
+    Older ones ignore RequestedTags, and one request is no limit of theirs.
+    """
     return '"0018,1316"' in bench.server.client.post("/tools/find", content=limit_body(month)).text
 
 
@@ -418,22 +540,32 @@ def section_large(bench: Bench) -> str:
 
 
 def section_growth(bench: Bench) -> str:
-    rows = []
     counts = growth_counts(bench.arguments)
     bench.say("growth")
-    samples = alternate(bench.arguments.rounds, {"start": bench.start} | {
-        str(count): lambda month=GROWTH[count]: bench.program(bench.server.url, month) for count in counts})
-    starts = [sample.seconds for sample in samples["start"]]
+
+    def contenders(url: str) -> Contenders:
+        def runs(script: pathlib.Path, prefix: str) -> Contenders:
+            def run(month: str) -> Callable[[], Sample]:
+                return lambda: bench.program(url, month, db=prefix + "ours.db", script=script)
+            return {str(count): run(GROWTH[count]) for count in counts}
+        return with_other(bench, runs)
+
+    wire = bench.wire(contenders(bench.relay.url))
+    samples = alternate(bench.arguments.rounds, contenders(bench.server.url) | {"start": bench.start})
+    starts, base = each(samples["start"]), median(samples["start"], "peak")
+    rows = []
     for count in counts:
         found = samples[str(count)]
-        each = statistics.median(1000 * (sample.seconds - start) / count for sample, start in zip(found, starts))
-        above = median(found, "peak") - median(samples["start"], "peak")
-        with bench.relay.counting(0) as wire:
-            bench.program(bench.relay.url, GROWTH[count])
-            requests, size = wire()
-        rows.append((count, f"{median(found):.2f}", f"{each:.1f}", f"{requests / count:.2f}", f"{size / count:.0f}", f"{median(found, 'peak'):.1f}", f"{above:.1f}"))
-    heads = ["studies", "s", "ms a study, start-up taken off", "requests a study", "bytes a study", "peak MB", "above imports alone, MB"]
-    return "### Growth: studies of one small series each\n\n" + table(heads, rows)
+        a_study = statistics.median(1000 * (seconds - start) / count
+                                    for seconds, start in zip(each(found), starts, strict=True))
+        requests, size = wire[str(count)]
+        peak = median(found, "peak")
+        rows.append((count, f"{median(found):.2f}", f"{a_study:.1f}", f"{requests / count:.2f}", f"{size / count:.0f}",
+                     f"{peak:.1f}", f"{peak - base:.1f}"))
+    heads = ["studies", "s", "ms a study, start-up taken off", "requests a study", "bytes a study", "peak MB",
+             "above imports alone, MB"]
+    return "### Growth: studies of one small series each\n\n" + table(heads, rows) \
+        + against(bench, other_rows(samples, wire, " studies"))
 
 
 def growth_counts(arguments: argparse.Namespace) -> list[int]:
@@ -441,101 +573,144 @@ def growth_counts(arguments: argparse.Namespace) -> list[int]:
 
 
 def fill_database(path: pathlib.Path, count: int) -> None:
-    """`count` series in studies of ten each, all under other accessions than those of the server."""
-    import store_study_info as program
-    program.open_database(str(path)).close()
+    """Add `count` series in studies of ten each, all under other accessions than those of the server."""
+    studies = ((f"EB{one:07d}", f"P{one}", one % 90, 1.75, 70.5, "F", "W", "HEAD", "Prisma",
+                f"2014{1 + one % 12:02d}{1 + one % 28:02d}", "Head") for one in range(count // 10))
+    # Keys in no order, as the UIDs of a scanner's series are in none.
+    series = ((f"1.3.12.2.1107.5.2.{one * 2654435761 % 4294967296:010d}.{one}", f"EB{one // 10:07d}", 0.1, 60, one % 10,
+               "series", "tfl", "*tfl3d1") for one in range(count // 10 * 10))
     with contextlib.closing(sqlite3.connect(path)) as conn:
         conn.execute("PRAGMA journal_mode = OFF")
         conn.execute("PRAGMA synchronous = OFF")
-        conn.executemany(f"INSERT INTO studies VALUES ({', '.join('?' * len(program.STUDY_FIELDS))})", (
-            (f"EB{one:07d}", f"P{one}", one % 90, 1.75, 70.5, "F", "W", "HEAD", "Prisma", f"2014{1 + one % 12:02d}{1 + one % 28:02d}", "Head") for one in range(count // 10)))
-        # Keys in no order, as the UIDs of a scanner's series are in none.
-        conn.executemany(f"INSERT INTO series VALUES ({', '.join('?' * len(program.SERIES_FIELDS))})", (
-            (f"1.3.12.2.1107.5.2.{one * 2654435761 % 4294967296:010d}.{one}", f"EB{one // 10:07d}", 0.1, 60, one % 10, "series", "tfl", "*tfl3d1") for one in range(count // 10 * 10)))
+        conn.executemany("INSERT INTO studies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", studies)
+        conn.executemany("INSERT INTO series VALUES (?, ?, ?, ?, ?, ?, ?, ?)", series)
         conn.commit()
 
 
 def section_database(bench: Bench) -> str:
     few, many = growth_counts(bench.arguments)[-2:]
     bench.say(f"database: {bench.arguments.stored} series")
-    fill_database(bench.folder / "full.db", bench.arguments.stored)
-    for db in ("empty.db", "full.db"):
-        bench.program(bench.server.url, GROWTH[many], db=db, anew=False)
+    full = bench.folder / "full.db"
+    bench.program(bench.server.url, "190001", db="full.db")    # a month without studies makes an empty database
+    fill_database(full, bench.arguments.stored)
+    shutil.copyfile(full, bench.folder / (OTHER + "full.db"))
 
-    def storing(db: str) -> Callable[[], Sample]:
-        def run() -> Sample:
-            with contextlib.closing(sqlite3.connect(bench.folder / db)) as conn:
-                for one in ("series", "studies"):
-                    conn.execute(f"DELETE FROM {one} WHERE accession BETWEEN ? AND ?", (f"E{GROWTH[few]}", f"E{GROWTH[few]}~"))
-                conn.commit()
-            return bench.program(bench.server.url, GROWTH[few], db=db, anew=False)
-        return run
+    def contenders(url: str) -> Contenders:
+        def runs(script: pathlib.Path, prefix: str) -> Contenders:
+            def program(db: str, count: int) -> Sample:
+                return bench.program(url, GROWTH[count], db=prefix + db, anew=False, script=script)
 
-    def skipping(db: str) -> Callable[[], Sample]:
-        return lambda: bench.program(bench.server.url, GROWTH[many], db=db, anew=False)
+            def storing(db: str) -> Callable[[], Sample]:
+                def run() -> Sample:
+                    forget(bench.folder / (prefix + db), f"E{GROWTH[few]}")
+                    return program(db, few)
+                return run
 
-    samples = alternate(2 * bench.arguments.rounds, {(what, db): make(db) for what, make in (("store", storing), ("skip", skipping)) for db in ("empty.db", "full.db")})
-    size = (bench.folder / "full.db").stat().st_size / 1e6
+            def skipping(db: str) -> Callable[[], Sample]:
+                program(db, many)
+                return lambda: program(db, many)
+
+            return {f"{what}, {db}": make(db) for what, make in (("skip", skipping), ("store", storing))
+                    for db in ("empty.db", "full.db")}
+        return with_other(bench, runs)
+
+    wire = bench.wire(contenders(bench.relay.url))
+    samples = alternate(2 * bench.arguments.rounds, contenders(bench.server.url))
+    size = full.stat().st_size / 1e6
     rows = []
     for what, text in (("store", f"storing {few} studies"), ("skip", f"skipping {many} stored studies")):
-        empty, full = samples[what, "empty.db"], samples[what, "full.db"]
-        rows.append((text, f"{median(empty):.2f}", f"{median(full):.2f}", f"{ratio((one.seconds for one in full), (one.seconds for one in empty)):.2f}",
-                     f"{median(empty, 'peak'):.0f}", f"{median(full, 'peak'):.0f}"))
-    heads = ["run", f"s, {many} studies stored", f"s, {bench.arguments.stored} series more", "ratio", "peak MB", "peak MB, full"]
-    return f"### Database: beside {bench.arguments.stored} stored series ({size:.0f} MB)\n\n" + table(heads, rows)
+        small, large = samples[f"{what}, empty.db"], samples[f"{what}, full.db"]
+        rows.append((text, f"{median(small):.2f}", f"{median(large):.2f}", f"{ratio(each(large), each(small)):.2f}",
+                     f"{median(small, 'peak'):.0f}", f"{median(large, 'peak'):.0f}"))
+    heads = ["run", f"s, {many} studies stored", f"s, {bench.arguments.stored} series more", "ratio", "peak MB",
+             "peak MB, full"]
+    return f"### Database: beside {bench.arguments.stored} stored series ({size:.0f} MB)\n\n" + table(heads, rows) \
+        + against(bench, other_rows(samples, wire))
 
 
-SECTIONS = {"start": section_start, "month": section_month, "large": section_large, "growth": section_growth, "database": section_database}
+def forget(db: pathlib.Path, prefix: str) -> None:
+    """Take the accessions that begin so out of a database."""
+    with contextlib.closing(sqlite3.connect(db)) as conn:
+        for one in ("series", "studies"):
+            conn.execute(f"DELETE FROM {one} WHERE accession BETWEEN ? AND ?", (prefix, prefix + "~"))
+        conn.commit()
+
+
+SECTIONS = {"start": section_start, "month": section_month, "large": section_large, "growth": section_growth,
+            "database": section_database}
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # The command line
 # ------------------------------------------------------------------------------------------------------------------
 
+VERSIONS = '''
+import platform, sys
+from importlib import metadata
+print(platform.python_version(), *(f"{name} {metadata.version(name)}" for name in sys.argv[1:]), sep=", ")
+'''
+
+
 def machine(bench: Bench) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    tell = "import platform, sys; from importlib import metadata; print(platform.python_version(), *(f'{name} {metadata.version(name)}' for name in sys.argv[1:]), sep=', ')"
-    python = bench.run("-c", tell, "pyorthanc", "pydicom", "httpx").out.strip()
+    python = bench.run("-c", VERSIONS, "pyorthanc", "pydicom", "httpx").out.strip()
     with contextlib.suppress(metadata.PackageNotFoundError):
         python += f", numpy {metadata.version('numpy')}" if bench.run.python == sys.executable else ""
-    return (f"Orthanc {bench.server.version}; Python {python}; {cores} cores, {memory:.0f} GB memory, {platform.system()} {platform.machine()}, "
-            f"load {os.getloadavg()[0]:.1f}; medians of {bench.arguments.rounds} rounds\n")
+    return (f"Orthanc {bench.server.version}; Python {python}; {cores} cores, {memory:.0f} GB memory, "
+            f"{platform.system()} {platform.machine()}, load {os.getloadavg()[0]:.1f}; "
+            f"medians of {bench.arguments.rounds} rounds\n")
 
 
 def fill(bench: Bench, section: str) -> None:
-    """Send what a section asks for just before it, so that the server holds no more than that and what earlier sections used."""
+    """Send what a section asks for just before it: the server holds no more than that and what earlier ones used."""
     arguments = bench.arguments
 
     def send(what: str, files: Iterable[bytes]) -> None:
-        bench.say(f"%d files, %d bytes for {what}" % upload(bench.server, files))
+        count, size = upload(bench.server, files)
+        bench.say(f"{count} files, {size} bytes for {what}")
 
     if section in ("month", "large"):
         month, count = (MONTH, arguments.studies) if section == "month" else (LARGE, arguments.large)
-        send(f"the section {section}", month_files(month, count, arguments.series, arguments.instances, headers_of(arguments.header, arguments.rows)))
+        send(f"the section {section}", month_files(month, count, arguments.series, arguments.instances,
+                                                   headers_of(arguments.header, arguments.rows)))
     elif section == "growth" or section == "database" and "growth" not in arguments.sections:
         for count in growth_counts(arguments):
             send(f"{count} small studies", month_files(GROWTH[count], count, 1, 1, headers_of(0, 0)))
     bench.server.settle(120)
 
 
+SIZES = {    # options: default, with --quick at most, what it counts
+    "studies": (30, 6, "studies of the month"),
+    "large": (120, 12, "studies of the large month"),
+    "series": (10, 10, "series of a study"),
+    "instances": (3, 3, "instances of a series"),
+    "rows": (192, 192, "rows and columns of an image, 0 for none"),
+    "header": (100, 100, "kB of private headers in a file"),
+    "growth": (1000, 100, "studies of the last step of growth"),
+    "stored": (1_000_000, 20_000, "series stored beforehand"),
+    "rounds": (5, 1, "measured rounds"),
+}
+
+
 def options(argv=None) -> argparse.Namespace:
     from orthanc import commands
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--orthanc", metavar="COMMAND", default=next(iter(commands()), None), help="how to start Orthanc (default: %(default)s)")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter of the measured processes (default: this one)")
+    parser.add_argument("--orthanc", metavar="COMMAND", default=next(iter(commands()), None),
+                        help="how to start Orthanc (default: %(default)s)")
+    parser.add_argument("--against", metavar="FILE", type=lambda name: pathlib.Path(name).resolve(),
+                        help="another revision of the program, measured beside this one")
+    parser.add_argument("--python", default=sys.executable,
+                        help="the interpreter of the measured processes (default: this one)")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which of %(default)s")
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes: to see that it works")
-    for name, default, what in (("studies", 30, "studies of the month"), ("large", 120, "studies of the large month"), ("series", 10, "series of a study"),
-                                ("instances", 3, "instances of a series"), ("rows", 192, "rows and columns of an image, 0 for none"),
-                                ("header", 100, "kB of private headers in a file"), ("growth", 1000, "studies of the last step of growth"),
-                                ("stored", 1_000_000, "series stored beforehand"), ("rounds", 5, "measured rounds")):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default {default})")
-        parser.set_defaults(**{name: default})
-    parser.add_argument("--latency", default="0,5", help="added to each request, ms; 0 is without the relay (default %(default)s)")
+    for name, (default, _, what) in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"{what} (default {default})")
+    parser.add_argument("--latency", default="0,5",
+                        help="added to each request, ms; 0 is without the relay (default %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        for name, small in (("studies", 6), ("large", 12), ("growth", 100), ("stored", 20_000), ("rounds", 1)):
+        for name, (_, small, _) in SIZES.items():
             setattr(arguments, name, min(getattr(arguments, name), small))
     arguments.sections = [name for name in SECTIONS if name in arguments.sections.split(",")]
     arguments.latency = [float(text) for text in arguments.latency.split(",")]
@@ -543,6 +718,8 @@ def options(argv=None) -> argparse.Namespace:
         parser.error("no Orthanc was found: install one, or name one with --orthanc")
     if not arguments.sections:
         parser.error(f"--sections takes {', '.join(SECTIONS)}")
+    if arguments.against and not arguments.against.is_file():
+        parser.error(f"--against: there is no file {arguments.against}")
     return arguments
 
 

@@ -1,13 +1,17 @@
 """Fixtures: the program as a subprocess, and real Orthanc servers that live for the session."""
 import contextlib
+import datetime
+import math
 import os
 import pathlib
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+from hypothesis import settings
 
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = HERE.parent / "store_study_info.py"
@@ -22,6 +26,13 @@ NO_ORTHANC = "no Orthanc was found: install one, or name one in ORTHANC_COMMANDS
 STAND_INS = ["stand-in", "stand-in of old"]
 COMMANDS = orthanc.commands() or STAND_INS
 REAL = COMMANDS != STAND_INS
+
+# What of the caller's environment the program would read.
+OURS = ("STUDY_INFO_DB", "ORTHANC_URL", "NETRC", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_COLOR")
+
+# Property tests: no example is too slow on a busy machine, and none is left as a file in the folder of the caller.
+settings.register_profile("suite", deadline=None, database=None)
+settings.load_profile("suite")
 
 
 def pytest_report_header(config):
@@ -107,6 +118,15 @@ class Ran(NamedTuple):
         return self.err.splitlines()[-1] if self.err else ""
 
 
+def on_one_day(act: Callable[[datetime.date], Ran]) -> Ran:
+    """act(today), once more where midnight came meanwhile."""
+    while True:
+        today = datetime.date.today()
+        ran = act(today)
+        if today == datetime.date.today():
+            return ran
+
+
 class Home:
     """An empty folder to run the program in, with nothing of the caller's environment that it reads."""
 
@@ -114,26 +134,31 @@ class Home:
         self.folder, self.db, self.warm = folder, folder / "study_info.db", warm
 
     def environment(self, extra=None) -> dict:
-        ours = ("STUDY_INFO_DB", "ORTHANC_URL", "NETRC", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_COLOR")
-        return {name: value for name, value in os.environ.items() if name.upper() not in ours} | {"HOME": str(self.folder), "COLUMNS": "80"} | (extra or {})
+        kept = {name: value for name, value in os.environ.items() if name.upper() not in OURS}
+        return kept | {"HOME": str(self.folder), "COLUMNS": "80"} | (extra or {})
 
     def command(self, *arguments, url=None) -> list[str]:
         return [sys.executable, str(PROGRAM), *(["--url", url] if url else []), *map(str, arguments)]
 
     def run(self, *arguments, url=None, env=None, **options) -> Ran:
-        """Run the program to its end: started from scratch where options or Python's own environment are given. No traceback is ever right."""
+        """Run the program to its end; no traceback is ever right.
+
+        It is started from scratch where options or Python's own environment are given, else by the waiting interpreter.
+        """
         if not options and not any(name.startswith(("PYTHON", "LC_", "LANG")) for name in env or {}):
             ran = Ran(*self.warm.run(self.command(*arguments, url=url)[2:], self.folder, self.environment(env)))
             assert "Traceback" not in ran.err, ran.err
             return ran
+        usual = {"capture_output": True, "text": True, "timeout": 300, "stdin": subprocess.DEVNULL}
         ended = subprocess.run(self.command(*arguments, url=url), cwd=self.folder, env=self.environment(env),
-                               **{"capture_output": True, "text": True, "timeout": 120, "stdin": subprocess.DEVNULL, **options})
+                               check=False, **usual | options)
         assert "Traceback" not in (ended.stderr or ""), ended.stderr
         return Ran(ended.returncode, ended.stdout or "", ended.stderr or "")
 
     def start(self, *arguments, url=None, env=None, **options) -> subprocess.Popen:
+        usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL}
         return subprocess.Popen(self.command(*arguments, url=url), cwd=self.folder, env=self.environment(env),
-                                **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL, **options})
+                                **usual | options)
 
     def rows(self, query: str, *values) -> list[dict]:
         with contextlib.closing(sqlite3.connect(self.db)) as conn:
@@ -141,7 +166,8 @@ class Home:
             return [dict(row) for row in conn.execute(query, values)]
 
     def series(self, accession: str | None = None) -> list[dict]:
-        return self.rows("SELECT * FROM series WHERE accession = ifnull(?, accession) ORDER BY accession, series_number, series_uid", accession)
+        return self.rows("SELECT * FROM series WHERE accession = ifnull(?, accession)"
+                         " ORDER BY accession, series_number, series_uid", accession)
 
     def stored(self) -> dict[str, set]:
         """{accession: {(series_uid, sar, duration)}}, once the database is sound; empty where there is none yet."""
@@ -152,13 +178,45 @@ class Home:
             assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
             if not conn.execute("SELECT name FROM sqlite_master WHERE name = 'series'").fetchall():
                 return {}
-            found = {accession: set() for (accession,) in conn.execute("SELECT accession FROM studies")}
+            found: dict[str, set] = {accession: set() for (accession,) in conn.execute("SELECT accession FROM studies")}
             for accession, *rest in conn.execute("SELECT accession, series_uid, sar, duration FROM series"):
                 found[accession].add(tuple(rest))
         return found
 
     def studies(self) -> list[dict]:
         return self.rows("SELECT * FROM studies ORDER BY accession")
+
+
+def is_text(value):
+    return value is None or isinstance(value, str) and value != "" and value == value.strip(" \0")
+
+
+def is_accession(value):
+    return isinstance(value, str) and value.startswith("E")
+
+
+def is_number(value):
+    return value is None or isinstance(value, float) and math.isfinite(value) and value >= 0
+
+
+def is_integer(value):
+    return value is None or isinstance(value, int)
+
+
+RULES = {    # of the columns that hold something else than a text or NULL
+    "studies": {"accession": is_accession, "height": is_number, "weight": is_number,
+                "age": lambda value: value is None or isinstance(value, int) and 0 <= value <= 999},
+    "series": {"accession": is_accession, "series_number": is_integer,
+               "series_uid": lambda value: value is not None and is_text(value),
+               "sar": lambda value: value is not None and is_number(value),
+               "duration": lambda value: isinstance(value, int) and value >= 0},
+}
+
+
+def check_row(table: str, row: dict) -> None:
+    """What holds for every row that is stored, whatever the server said."""
+    for column, value in row.items():
+        assert RULES[table].get(column, is_text)(value), (table, column, value)
 
 
 @pytest.fixture(scope="session")
@@ -170,4 +228,3 @@ def warm():
 @pytest.fixture
 def home(tmp_path, warm) -> Home:
     return Home(tmp_path, warm)
-

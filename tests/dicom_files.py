@@ -16,9 +16,10 @@ def uid(*names) -> str:
 
 def instance(accession="E1", study=None, series=1, number=1, *, sar="0.5", ta="TA 01:00", creator=SIEMENS, block=0x10,
              syntax=ExplicitVRLittleEndian, sop_class=MRImageStorage, change=None, **elements) -> bytes:
-    """One DICOM file. study: a name for the study, the accession unless given; None for sar, ta or creator leaves it out.
+    """One DICOM file.
 
-    block: where the private block is; change(ds): a last word on the dataset; elements: by keyword, None to delete.
+    study: a name for the study, the accession unless given; sar, ta, creator: None leaves them out; block: where the
+    private block is; change(ds): a last word on the dataset; elements: by keyword, None to delete.
     """
     study = study or accession
     ds = Dataset()
@@ -26,14 +27,16 @@ def instance(accession="E1", study=None, series=1, number=1, *, sar="0.5", ta="T
     ds.file_meta.TransferSyntaxUID = syntax
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.SOPClassUID = sop_class
-    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID = uid(study), uid(study, series), uid(study, series, number)
+    ds.StudyInstanceUID = uid(study)
+    ds.SeriesInstanceUID = uid(study, series)
+    ds.SOPInstanceUID = uid(study, series, number)
     ds.AccessionNumber, ds.PatientID, ds.PatientName = accession, f"P-{study}", "Doe^Jane"
     ds.StudyDate, ds.StudyTime, ds.StudyDescription = "20240427", "101112", "Head"
     ds.PatientAge, ds.PatientSize, ds.PatientWeight, ds.PatientSex = "040Y", "1.75", "70.5", "F"
     ds.EthnicGroup, ds.BodyPartExamined = "W", "HEAD"
     ds.Modality, ds.Manufacturer, ds.ManufacturerModelName = "MR", "SIEMENS", "Prisma"
-    ds.SeriesNumber, ds.SeriesDescription, ds.SequenceName = series if isinstance(series, int) else 1, f"series {series}", "*tfl3d1"
-    ds.PulseSequenceName = "tfl"
+    ds.SeriesNumber = series if isinstance(series, int) else 1
+    ds.SeriesDescription, ds.SequenceName, ds.PulseSequenceName = f"series {series}", "*tfl3d1", "tfl"
     ds.InstanceNumber = number
     ds.ImageType = ["ORIGINAL", "PRIMARY", "M"]
     if sar is not None:

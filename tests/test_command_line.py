@@ -8,16 +8,16 @@ import os
 import pathlib
 import pty
 import re
-import select
+import shutil
 import sqlite3
 import struct
 import subprocess
 import sys
 import termios
-import time
+import threading
 
 import pytest
-from conftest import PROGRAM
+from conftest import PROGRAM, on_one_day
 from dicom_files import instance, study, uid
 from endpoint import Proxy
 
@@ -29,29 +29,42 @@ STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 @pytest.fixture(scope="module")
 def archive(server):
     server.upload(*(file for day in range(1, 5) for name in "AB"
-                    for file in study(f"EC{day}{name}", series=2, instances=1, StudyDate=f"2022060{day}", PatientID=f"00{day}{name}", PatientName="Secret^Name")),
-                  instance("ECSKIP", series=1, StudyDate="20220610"), instance("ECSKIP", series=2, sar=None, StudyDate="20220610"),
+                    for file in study(f"EC{day}{name}", series=2, instances=1, StudyDate=f"2022060{day}",
+                                      PatientID=f"00{day}{name}", PatientName="Secret^Name")),
+                  instance("ECSKIP", series=1, StudyDate="20220610"),
+                  instance("ECSKIP", series=2, sar=None, StudyDate="20220610"),
                   instance("ECNONE", series=1, ta=None, creator=None, Manufacturer="GE", StudyDate="20220611"),
-                  instance("ECSV, \"1\"\n", study="csv", StudyDate="20220612", PatientID="00700", SeriesDescription="a, \"b\" \u00e4", PatientAge=""),
+                  instance('ECSV, "1"\n', study="csv", StudyDate="20220612", PatientID="00700",
+                           SeriesDescription='a, "b" \u00e4', PatientAge=""),
                   instance("ECON\r\tX\x7f", study="control", StudyDate="20220613"))
     return server.settle()
 
 
-# -- usage errors ----------------------------------------------------------------------------------------------------
+# -- usage errors ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, told", [
-    (["202413"], "202413 is no month of the calendar"), (["20240230"], "20240230 is no day of the calendar"), (["20240631"], "no day of the calendar"),
-    (["E*"], "'E*' is not understood; allowed are an accession number"), (["e123"], "'e123' is not understood"), (["abc"], "'abc' is not understood"),
-    (["E1?"], "not understood"), (["E1\\E2"], "not understood"), (["E"], "not understood"), ([""], "'' is not understood"),
-    (["20240402-20240401"], "'20240402-20240401' ends before it starts"), (["29990101-"], "'29990101-' ends before it starts: today is"),
+    (["202413"], "202413 is no month of the calendar"), (["20240230"], "20240230 is no day of the calendar"),
+    (["20240631"], "no day of the calendar"),
+    (["E*"], "'E*' is not understood; allowed are an accession number"), (["e123"], "'e123' is not understood"),
+    (["abc"], "'abc' is not understood"),
+    (["E1?"], "not understood"), (["E1\\E2"], "not understood"), (["E"], "not understood"),
+    ([""], "'' is not understood"),
+    (["20240402-20240401"], "'20240402-20240401' ends before it starts"),
+    (["29990101-"], "'29990101-' ends before it starts: today is"),
     (["@nowhere"], "token file @nowhere cannot be read"), (["E1", "202404", "E2*"], "'E2*' is not understood"),
-    ([], "required: TOKEN"), (["--jobs", "0", "E1"], "'0' is no number from 1 to 999"), (["--timeout", "nan", "E1"], "'nan' is no number of seconds"),
-    (["--nonsense", "E1"], "--nonsense"), (["-v", "-q", "E1"], "not allowed with"), (["--db", "", "E1"], "--db is empty"),
-    (["--url", "ftp://x", "E1"], "address of --url or ORTHANC_URL is none of an Orthanc server"), (["--url", "micvna:8042", "E1"], "ORTHANC_URL is none of an Orthanc server"),
-    (["--url", "http://h:99999", "E1"], "ORTHANC_URL is no URL"), (["--url", "http://h/?a=b", "E1"], "ORTHANC_URL is none of an Orthanc server"),
+    ([], "required: TOKEN"), (["--jobs", "0", "E1"], "'0' is no number from 1 to 999"),
+    (["--timeout", "nan", "E1"], "'nan' is no number of seconds"),
+    (["--nonsense", "E1"], "--nonsense"), (["-v", "-q", "E1"], "not allowed with"),
+    (["--db", "", "E1"], "--db is empty"),
+    (["--url", "ftp://x", "E1"], "address of --url or ORTHANC_URL is none of an Orthanc server"),
+    (["--url", "micvna:8042", "E1"], "ORTHANC_URL is none of an Orthanc server"),
+    (["--url", "http://h:99999", "E1"], "ORTHANC_URL is no URL"),
+    (["--url", "http://h/?a=b", "E1"], "ORTHANC_URL is none of an Orthanc server"),
     (["--netrc", "nowhere", "E1"], "netrc file nowhere cannot be read: No such file"),
-    (["--csv", "nofolder/x.csv", "E1"], "--csv 'nofolder/x.csv': its folder does not exist"), (["--csv", "study_info.db", "E1"], "is the database itself"),
-    (["--csv", "-", "E1"], "--csv needs the name of a file"), (["--csv", "/dev/null", "E1"], "'/dev/null' is no regular file"), (["--fo", "E1"], "--fo")])
+    (["--csv", "nofolder/x.csv", "E1"], "--csv 'nofolder/x.csv': its folder does not exist"),
+    (["--csv", "study_info.db", "E1"], "is the database itself"),
+    (["--csv", "-", "E1"], "--csv needs the name of a file"),
+    (["--csv", "/dev/null", "E1"], "'/dev/null' is no regular file"), (["--fo", "E1"], "--fo")])
 def test_a_usage_error_is_one_line_and_nothing_is_contacted_or_written(home, arguments, told):
     with Proxy("http://127.0.0.1:9") as proxy:
         ran = home.run(*arguments, env={"ORTHANC_URL": proxy.url})
@@ -60,10 +73,12 @@ def test_a_usage_error_is_one_line_and_nothing_is_contacted_or_written(home, arg
     assert os.listdir(home.folder) == []
 
 
-@pytest.mark.parametrize("url", ["http://jo:hunter2@127.0.0.1:9", "https://hunter2@h/orthanc", "http://jo:hunter2/x@h", "http://jo:hun%74er2@h"])
+@pytest.mark.parametrize("url", ["http://jo:hunter2@127.0.0.1:9", "https://hunter2@h/orthanc",
+                                 "http://jo:hunter2/x@h", "http://jo:hun%74er2@h"])
 def test_a_url_with_a_password_is_refused_and_never_echoed(home, url):
     ran = home.run("--url", url, "E1")
-    assert ran.status == 2 and "hunter2" not in ran.err and "hun%74er2" not in ran.err and "--url" in ran.err
+    assert ran.status == 2 and "--url" in ran.err
+    assert "hunter2" not in ran.err and "hun%74er2" not in ran.err
 
 
 def test_a_malformed_netrc_is_a_usage_error_that_quotes_none_of_it(home):
@@ -77,7 +92,7 @@ def test_options_may_stand_after_tokens(archive, home):
     assert len(home.studies()) == 2
 
 
-# -- tokens on the command line ---------------------------------------------------------------------------------------
+# -- tokens on the command line ----------------------------------------------------------------------------------------
 
 def test_tokens_from_a_file_and_from_stdin(archive, home):
     (home.folder / "list").write_bytes(b"\xef\xbb\xbf# wanted\r\n\r\nEC1A\r\n20220602  # a day\r\n")
@@ -96,10 +111,11 @@ def test_ranges_name_all_days_ends_included(archive, home):
 
 
 def test_yesterday_is_the_day_before_today_in_local_time(server, home):
-    day = datetime.date.today() - datetime.timedelta(days=1)
-    server.upload(instance("EYESTERDAY", StudyDate=f"{day:%Y%m%d}"))
-    server.settle()
-    assert "EYESTERDAY" in home.run("yesterday", url=server.url).printed
+    def run(today):
+        server.upload(instance("EYESTERDAY", StudyDate=f"{today - datetime.timedelta(days=1):%Y%m%d}"))
+        server.settle()
+        return home.run("yesterday", url=server.url)
+    assert "EYESTERDAY" in on_one_day(run).printed
 
 
 def test_the_environment_names_server_and_database_and_options_come_first(archive, home):
@@ -123,7 +139,8 @@ def test_the_last_line_sums_up(archive, home):
     home.run("EC1A", url=archive.url)
     ran = home.run("202206", "ENOWHERE", url=archive.url)
     assert ran.status == 1
-    assert re.fullmatch(STAMP + r" WARNING studies: 11 stored, 1 already stored, 1 failed; series: 17 stored, 2 skipped \(SAR absent: 1, duration absent: 1\)", ran.summary)
+    assert re.fullmatch(STAMP + r" WARNING studies: 11 stored, 1 already stored, 1 failed; "
+                        r"series: 17 stored, 2 skipped \(SAR absent: 1, duration absent: 1\)", ran.summary)
 
 
 def test_quiet_says_nothing_at_all_when_all_is_well_and_else_what_went_wrong(archive, home):
@@ -172,7 +189,7 @@ def test_a_full_stdout_is_a_sentence(archive, home):
 
 def test_closed_streams_do_not_stop_the_run(archive, home):
     command = " ".join(map(repr, home.command("20220601", url=archive.url)))
-    assert subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"], cwd=home.folder, env=home.environment()).returncode == 0
+    subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"], cwd=home.folder, env=home.environment(), check=True)
     assert len(home.studies()) == 2
 
 
@@ -182,21 +199,19 @@ def on_terminal(home, *arguments, stdout_too=False):
     """Run with stderr (and stdout) on a pseudo-terminal; what was written to the terminal, and to stdout."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen(home.command(*arguments), cwd=home.folder, env=home.environment({"TERM": "xterm", "NO_COLOR": "1"}),
-                               stdin=subprocess.DEVNULL, stdout=follower if stdout_too else subprocess.PIPE, stderr=follower)
+    process = home.start(*arguments, env={"TERM": "xterm", "NO_COLOR": "1"}, text=False,
+                         stdout=follower if stdout_too else subprocess.PIPE, stderr=follower)
     os.close(follower)
-    shown, end = b"", time.monotonic() + 60
-    while time.monotonic() < end:
-        if select.select([leader], [], [], 0.2)[0]:
-            try:
-                shown += os.read(leader, 65536)
-            except OSError:    # the other end is closed
-                break
-        elif process.poll() is not None:
-            break
+    shown = b""
+    watch = threading.Timer(300, process.kill)
+    watch.start()
+    with contextlib.suppress(OSError):    # the other end is closed: the process has ended
+        while data := os.read(leader, 65536):
+            shown += data
     out = process.stdout.read().decode() if process.stdout else ""
+    watch.cancel()
     os.close(leader)
-    return process.wait(10), shown.decode(), out
+    return process.wait(), shown.decode(), out
 
 
 def test_a_terminal_shows_a_bar_with_count_and_rate_and_stdout_only_accessions(archive, home):
@@ -204,7 +219,8 @@ def test_a_terminal_shows_a_bar_with_count_and_rate_and_stdout_only_accessions(a
     assert status == 0
     assert out.splitlines() == [f"EC{day}{name}" for day in range(1, 5) for name in "AB"]
     assert "/8 [" in shown and "study/s" in shown
-    assert shown.rstrip().splitlines()[-1].endswith("8 stored, 0 already stored, 0 failed; series: 16 stored, 0 skipped")
+    summary = shown.rstrip().splitlines()[-1]
+    assert summary.endswith("8 stored, 0 already stored, 0 failed; series: 16 stored, 0 skipped")
     assert "\x1b[3" not in shown and "\x1b[9" not in shown      # no colours
 
 
@@ -218,10 +234,11 @@ def test_quiet_shows_no_bar(archive, home):
     assert on_terminal(home, "-q", "--url", archive.url, "20220601")[1] == ""
 
 
-# -- CSV -----------------------------------------------------------------------------------------------------------------
+# -- CSV ---------------------------------------------------------------------------------------------------------------
 
-COLUMNS = ["accession", "patient_id", "age", "height", "weight", "sex", "ethnic_group", "body_part", "manufacturer_model", "study_date", "study_description",
-           "series_uid", "sar", "duration", "series_number", "series_description", "pulse_sequence_name", "sequence_name"]
+COLUMNS = ["accession", "patient_id", "age", "height", "weight", "sex", "ethnic_group", "body_part",
+           "manufacturer_model", "study_date", "study_description", "series_uid", "sar", "duration", "series_number",
+           "series_description", "pulse_sequence_name", "sequence_name"]
 
 
 def test_csv_has_a_row_a_series_of_this_run_s_accessions_stored_before_or_now(archive, home):
@@ -229,7 +246,8 @@ def test_csv_has_a_row_a_series_of_this_run_s_accessions_stored_before_or_now(ar
     assert home.run("--csv", "out.csv", "20220601", "20220611", url=archive.url).status == 0
     header, *rows = csv.reader(io.StringIO((home.folder / "out.csv").read_text(encoding="utf-8")))
     assert header == COLUMNS
-    assert [(row[0], row[14]) for row in rows] == [("EC1A", "1"), ("EC1A", "2"), ("EC1B", "1"), ("EC1B", "2"), ("ECNONE", "")]
+    assert [(row[0], row[14]) for row in rows] == [
+        ("EC1A", "1"), ("EC1A", "2"), ("EC1B", "1"), ("EC1B", "2"), ("ECNONE", "")]
     assert rows[0] == ["EC1A", "001A", "40", "1.75", "70.5", "F", "W", "HEAD", "Prisma", "20220601", "Head",
                        uid("EC1A", 1), "0.5", "60", "1", "series 1", "tfl", "*tfl3d1"]
     assert rows[4][11:] == [""] * 7
@@ -241,7 +259,8 @@ def test_csv_keeps_text_as_it_is(archive, home):
     assert (row["patient_id"], row["series_description"], row["age"]) == ("00700", 'a, "b" \u00e4', "")
 
 
-@pytest.mark.parametrize("arguments, status, written", [(["EC1A"], 0, True), (["EC1A", "ENOWHERE"], 1, True), (["EC1A", "E*"], 2, False)])
+@pytest.mark.parametrize("arguments, status, written", [
+    (["EC1A"], 0, True), (["EC1A", "ENOWHERE"], 1, True), (["EC1A", "E*"], 2, False)])
 def test_csv_is_written_at_exit_0_and_1_but_not_2(archive, home, arguments, status, written):
     (home.folder / "out.csv").write_text("old\n")
     assert home.run("--csv", "out.csv", *arguments, url=archive.url).status == status
@@ -256,8 +275,9 @@ def test_csv_is_written_at_exit_1_also_where_the_server_cannot_be_asked(archive,
     (home.folder / "out.csv").write_text("old\n")
     ran = home.run("--csv", "out.csv", *tokens, url="http://127.0.0.1:9")
     assert ran.status == 1 and "cannot be reached" in ran.err
-    lines = (home.folder / "out.csv").read_text().splitlines()
-    assert lines[0].startswith("accession,patient_id,") and [line.split(",")[0] for line in lines[1:]] == ["EC1A"] * rows
+    header, *lines = (home.folder / "out.csv").read_text().splitlines()
+    assert header.startswith("accession,patient_id,")
+    assert [line.split(",")[0] for line in lines] == ["EC1A"] * rows
 
 
 def test_csv_without_any_database_is_its_header(home):
@@ -318,13 +338,15 @@ def test_the_summary_ends_a_run_that_the_csv_file_ended(archive, home, full_disk
 
 
 def test_help_that_cannot_be_written_is_no_success(home):
-    environment = {name: value for name, value in home.environment().items() if name != "PYTHONUNBUFFERED"}    # with it argparse hides the fault
+    environment = home.environment()
+    environment.pop("PYTHONUNBUFFERED", None)    # with it argparse hides the fault
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([sys.executable, PROGRAM, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+        ended = subprocess.run([sys.executable, PROGRAM, "--version"], stdout=full, stderr=subprocess.PIPE, text=True,
+                               env=environment, check=False)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
 
 
-# -- databases that are none -----------------------------------------------------------------------------------------------
+# -- databases that are none -------------------------------------------------------------------------------------------
 
 def foreign_table(path):
     with sqlite3.connect(path) as conn:
@@ -336,7 +358,8 @@ def foreign_table(path):
     (lambda path: path.write_text("accession,sar\nE1,0.5\n"), "is no SQLite file and is left as it is"),
     (lambda path: path.write_bytes(b"x"), "is no SQLite file and is left as it is"),
     (lambda path: path.mkdir(), "is no SQLite file and is left as it is"),
-    (foreign_table, "the table studies lacks patient_id, height, weight, sex, ethnic_group, body_part, manufacturer_model, study_date, study_description; move the file away")])
+    (foreign_table, "the table studies lacks patient_id, height, weight, sex, ethnic_group, body_part, "
+                    "manufacturer_model, study_date, study_description; move the file away")])
 def test_a_database_that_is_none_is_one_sentence_exit_1_and_left_as_it_was(home, make, told):
     make(home.db)
     before = home.db.read_bytes() if home.db.is_file() else None
@@ -366,22 +389,58 @@ def test_stored_accessions_cost_nothing_at_all(archive, home):
     assert ran.status == 0 and "0 stored, 1 already stored" in ran.summary
 
 
+WITHOUT_A_PACKAGE = """
+import importlib.util, sys
+package, folder = sys.argv[1:]
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == package else find(name, *rest)
+sys.path.insert(0, folder)
+import store_study_info
+sys.exit(store_study_info.main(["E1"]))
+"""
+
+
 @pytest.mark.parametrize("package", ["pyorthanc", "pydicom"])
 def test_a_missing_package_is_a_sentence_that_says_how_to_get_it(home, package):
-    code = f"import sys, importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *a: None if name == {package!r} else find(name, *a); " \
-           f"sys.argv = ['x', 'E1']; sys.path.insert(0, {str(PROGRAM.parent)!r}); import store_study_info as s; sys.exit(s.main())"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=home.folder, env=home.environment(), capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_A_PACKAGE, package, PROGRAM.parent], cwd=home.folder,
+                           env=home.environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and os.listdir(home.folder) == []
-    assert f"missing Python packages: {package};" in ended.stderr
-    assert "pip install -r requirements.txt" in ended.stderr and "uv run" in ended.stderr and "Traceback" not in ended.stderr
+    assert f"missing Python packages: {package};" in ended.stderr and "Traceback" not in ended.stderr
+    assert "pip install -r requirements.txt" in ended.stderr and "uv run" in ended.stderr
 
 
 def test_version(home):
     assert re.fullmatch(r"store_study_info.py \d+\.\d+\.\d+\n", home.run("--version").out)
 
 
-def test_it_runs_on_every_python_from_3_10(home):
-    """What this machine has besides the one that runs the tests: at least the module compiles and its help shows."""
-    for path in sorted(pathlib.Path(sys.base_prefix).parent.glob("3.1[0-9]*/bin/python")):
-        ended = subprocess.run([path, PROGRAM, "--help"], capture_output=True, text=True, env=home.environment())
-        assert ended.returncode == 0 and "TOKEN" in ended.stdout, path
+def other_pythons() -> dict[str, str]:
+    """{3.N: path} of the interpreters of this machine besides the tests' own: on PATH, or installed beside that."""
+    found: dict[str, str] = {}
+    for minor in range(10, 20):
+        name = f"python3.{minor}"
+        beside = sorted(pathlib.Path(sys.base_prefix).parent.glob(f"*3.{minor}*/bin/{name}"))
+        for path in filter(None, (shutil.which(name), *map(str, beside))):
+            if minor != sys.version_info.minor and subprocess.run([path, "-c", ""], check=False).returncode == 0:
+                found.setdefault(f"3.{minor}", path)
+    return found
+
+
+OTHERS = other_pythons()
+
+
+def shows_its_help(python, home) -> None:
+    ended = subprocess.run([python, PROGRAM, "--help"], capture_output=True, text=True,
+                           env=home.environment(), check=False)
+    assert (ended.returncode, ended.stderr) == (0, "") and "TOKEN" in ended.stdout
+
+
+def test_help_needs_no_package_and_starts_on_this_python(home):
+    shows_its_help(sys.executable, home)
+
+
+@pytest.mark.parametrize("python", OTHERS or [None])
+def test_it_starts_on_the_other_pythons_of_this_machine(home, python):
+    """Nothing is installed there: at least the module compiles and its help shows."""
+    if python is None:
+        pytest.skip("this machine has no other Python from 3.10")
+    shows_its_help(OTHERS[python], home)

@@ -1,4 +1,7 @@
-"""Parsers: the text of a DICOM element in, a value or None out. The tables are the specification's own examples and what real files hold."""
+"""Parsers: the text of a DICOM element in, a value or None out.
+
+The tables are the specification's own examples and what real files hold.
+"""
 import math
 import sqlite3
 from decimal import Decimal
@@ -10,9 +13,12 @@ from hypothesis import strategies as st
 
 import store_study_info as store
 
-property_test = settings(deadline=None, database=None, max_examples=500)
+property_test = settings(max_examples=500)
 
-NO_TEXT = [None, [], [{"0018,9181": "1"}], {}, 12, 1.5, True, b"TA 12.34"]
+# As they are called here, whatever they are called there.
+number, non_negative, integer = store.number, store.magnitude, store.whole
+
+NO_TEXT: list = [None, [], [{"0018,9181": "1"}], {}, 12, 1.5, True, b"TA 12.34"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -21,7 +27,8 @@ NO_TEXT = [None, [], [{"0018,9181": "1"}], {}, 12, 1.5, True, b"TA 12.34"]
 
 @pytest.mark.parametrize("text, expected", [
     ("HEAD", "HEAD"), ("HEAD ", "HEAD"), ("  HEAD  ", "HEAD"), ("401\0", "401"), ("401\0\0 ", "401"), ("\0 401", "401"),
-    ("two words ", "two words"), ("*fl3d1r_t70 ", "*fl3d1r_t70"), ("<MIP Range>", "<MIP Range>"), ("0", "0"), ("O", "O"), ("N/A", "N/A"),
+    ("two words ", "two words"), ("*fl3d1r_t70 ", "*fl3d1r_t70"), ("<MIP Range>", "<MIP Range>"), ("0", "0"),
+    ("O", "O"), ("N/A", "N/A"),
     ("Müller^Jürgen", "Müller^Jürgen"), ("山田", "山田"), ("007", "007"), ("1\\2", "1\\2"),
     ("", None), (" ", None), ("    ", None), ("\0", None), (" \0 \0", None), ("\t\n", None),
 ])
@@ -30,7 +37,7 @@ def test_text_is_stripped_of_padding_and_empty_is_null(text, expected):
 
 
 @pytest.mark.parametrize("value", NO_TEXT, ids=repr)
-@pytest.mark.parametrize("parse", [store.clean, store.number, store.magnitude, store.whole, store.age, store.acquisition_time])
+@pytest.mark.parametrize("parse", [store.clean, number, non_negative, integer, store.age, store.acquisition_time])
 def test_what_is_no_text_is_null(parse, value):
     assert parse(value) is None
 
@@ -38,7 +45,7 @@ def test_what_is_no_text_is_null(parse, value):
 @pytest.mark.parametrize("text", ["a\ud800b", "\udfff", "ok\ud83d", "\ud83d\ude00"], ids=ascii)
 def test_lone_surrogates_become_something_that_sqlite_can_store(text):
     cleaned = store.clean(text)
-    assert cleaned.encode("utf-8")
+    assert cleaned and cleaned.encode("utf-8")
     assert sqlite3.connect(":memory:").execute("SELECT ?", (cleaned,)).fetchone() == (cleaned,)
 
 
@@ -47,41 +54,50 @@ def test_lone_surrogates_become_something_that_sqlite_can_store(text):
 # ------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, expected", [
-    ("0.1", 0.1), ("0.1 ", 0.1), (" 0.1", 0.1), ("0.06399572588428", 0.06399572588428), ("0.421666", 0.421666), ("1.8796037616667", 1.8796037616667),
-    ("67.00 ", 67.0), ("1.0", 1.0), ("0", 0.0), ("0.0", 0.0), ("70", 70.0), ("70\0", 70.0), ("+70", 70.0), ("-1.5", -1.5), (".5", 0.5), ("5.", 5.0),
-    ("1e-3", 0.001), ("1.5E+2", 150.0), ("333.39047241210938", 333.39047241210938), ("2.4275561794638634e-02", 0.024275561794638634), ("007", 7.0),
+    ("0.1", 0.1), ("0.1 ", 0.1), (" 0.1", 0.1), ("0.06399572588428", 0.06399572588428), ("0.421666", 0.421666),
+    ("1.8796037616667", 1.8796037616667),
+    ("67.00 ", 67.0), ("1.0", 1.0), ("0", 0.0), ("0.0", 0.0), ("70", 70.0), ("70\0", 70.0), ("+70", 70.0),
+    ("-1.5", -1.5), (".5", 0.5), ("5.", 5.0),
+    ("1e-3", 0.001), ("1.5E+2", 150.0), ("333.39047241210938", 333.39047241210938),
+    ("2.4275561794638634e-02", 0.024275561794638634), ("007", 7.0),
 ])
 def test_numbers_are_read(text, expected):
-    value = store.number(text)
+    value = number(text)
     assert value == expected and type(value) is float
 
 
-NO_NUMBERS = ["", " ", "\0", "abc", "None", "NaN", "nan", "inf", "-inf", "Infinity", "1e999", "-1e999", "1,5", "1.2.3", "1 2", "1\\2", "0x10",
-              "1_000", "--1", "+", "-", ".", "e5", "1e",
-              "٣", "１.５", "²", "½", "12a", "0.1 W/kg", "1'000", "TA 12.34", "*** "]
+NO_NUMBERS = [
+    "", " ", "\0", "abc", "None", "NaN", "nan", "inf", "-inf", "Infinity", "1e999", "-1e999", "1,5", "1.2.3", "1 2",
+    "1\\2", "0x10", "1_000", "--1", "+", "-", ".", "e5", "1e", "٣", "１.５", "²", "½", "12a", "0.1 W/kg", "1'000",
+    "TA 12.34", "*** ",
+]
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS, ids=ascii)
 def test_what_is_no_finite_number_is_null(text):
-    assert store.number(text) is None
-    assert store.magnitude(text) is None
-
-
-@pytest.mark.parametrize("text, expected", [("0", 0.0), ("0.0000", 0.0), ("0.27354506973324", 0.27354506973324), ("190713.0", 190713.0),
-                                            ("-0.1", None), ("-1", None), ("-1e-300", None)])
-def test_sar_is_a_number_of_0_or_more(text, expected):
-    assert store.magnitude(text) == expected
+    assert number(text) is None
+    assert non_negative(text) is None
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("1", 1), ("12 ", 12), (" 12", 12), ("0", 0), ("-3", -3), ("+3", 3), ("007", 7), ("5\0", 5), ("301", 301), ("747197466", 747197466),
+    ("0", 0.0), ("0.0000", 0.0), ("0.27354506973324", 0.27354506973324), ("190713.0", 190713.0),
+    ("-0.1", None), ("-1", None), ("-1e-300", None),
+])
+def test_sar_is_a_number_of_0_or_more(text, expected):
+    assert non_negative(text) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("1", 1), ("12 ", 12), (" 12", 12), ("0", 0), ("-3", -3), ("+3", 3), ("007", 7), ("5\0", 5), ("301", 301),
+    ("747197466", 747197466),
     ("9223372036854775807", 2 ** 63 - 1), ("-9223372036854775808", -2 ** 63),
     ("9223372036854775808", None), ("-9223372036854775809", None), ("99999999999999999999", None), ("9" * 500, None),
-    ("", None), (" ", None), ("abc", None), ("1.5", None), ("1e3", None), ("1\\2", None), ("1 2", None), ("NaN", None), ("None", None), ("٣", None),
+    ("", None), (" ", None), ("abc", None), ("1.5", None), ("1e3", None), ("1\\2", None), ("1 2", None), ("NaN", None),
+    ("None", None), ("٣", None),
     ("１", None), ("1_0", None), ("0x1", None), ("-", None),
 ])
 def test_a_series_number_is_an_integer_that_sqlite_holds(text, expected):
-    value = store.whole(text)
+    value = integer(text)
     assert value == expected and type(value) in (int, type(None))
 
 
@@ -90,7 +106,8 @@ def test_a_series_number_is_an_integer_that_sqlite_holds(text, expected):
 # ------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, expected", [
-    ("040Y", 40), ("30Y", 30), ("42", 42), ("9.0 ", 9), ("003Y", 3), ("000Y", 0), ("0Y", 0), ("99", 99), ("100Y", 100), ("099Y ", 99), ("040Y\0", 40),
+    ("040Y", 40), ("30Y", 30), ("42", 42), ("9.0 ", 9), ("003Y", 3), ("000Y", 0), ("0Y", 0), ("99", 99), ("100Y", 100),
+    ("099Y ", 99), ("040Y\0", 40),
     (" 040Y", 40), ("0", 0),
     # completed years: a month is a twelfth of one, 52 weeks are a day short of one
     ("018M", 1), ("011M", 0), ("012M", 1), ("023M", 1), ("024M", 2), ("000M", 0), ("119M", 9),
@@ -102,8 +119,10 @@ def test_ages_are_completed_years(text, expected):
     assert value == expected and type(value) is int
 
 
-@pytest.mark.parametrize("text", ["", " ", "\0", "*** ", "***Y", "Y", "M", "abc", "Y040", "-5Y", "-1", "None", "NaN", "inf", "4 0Y", "040X", "040YY",
-                                  "040Y\\041Y", "٠٤٠Y", "０４０Y", "1e2", "0x1", "040Y old"], ids=ascii)
+@pytest.mark.parametrize("text", [
+    "", " ", "\0", "*** ", "***Y", "Y", "M", "abc", "Y040", "-5Y", "-1", "None", "NaN", "inf", "4 0Y", "040X", "040YY",
+    "040Y\\041Y", "٠٤٠Y", "０４０Y", "1e2", "0x1", "040Y old",
+], ids=ascii)
 def test_what_is_no_age_is_null(text):
     assert store.age(text) is None
 
@@ -112,7 +131,8 @@ def test_what_is_no_age_is_null(text):
 @given(st.integers(0, 999), st.sampled_from("YMWD"), st.sampled_from(["", " ", "\0"]))
 def test_every_age_of_the_standard_is_read(count, unit, padding):
     # PS3.5 6.2: nnnD, nnnW, nnnM or nnnY. How long a year is in days is told apart only where it does not matter.
-    low, high = {"Y": (count, count), "M": (count // 12, count // 12), "W": (count * 7 // 366, count * 7 // 365), "D": (count // 366, count // 365)}[unit]
+    low, high = {"Y": (count, count), "M": (count // 12, count // 12),
+                 "W": (count * 7 // 366, count * 7 // 365), "D": (count // 366, count // 365)}[unit]
     assert low <= store.age(f"{count:03}{unit}{padding}") <= high
 
 
@@ -121,43 +141,60 @@ def test_every_age_of_the_standard_is_read(count, unit, padding):
 # ------------------------------------------------------------------------------------------------------------------
 
 SEEN = [    # the forms of real files, each with more than one value
-    ("TA 12.34", "12.34"), ("TA 00.04", "0.04"), ("TA 00.00", "0"), ("TA 59.99", "59.99"), ("TA 17.71", "17.71"),          # seconds.hundredths, never mm.ss
-    ("TA 04:46", "286"), ("TA 02:07", "127"), ("TA 00:59", "59"), ("TA 59:59", "3599"), ("TA 00:00", "0"), ("TA 01:00", "60"),
+    # seconds.hundredths, never mm.ss
+    ("TA 12.34", "12.34"), ("TA 00.04", "0.04"), ("TA 00.00", "0"), ("TA 59.99", "59.99"), ("TA 17.71", "17.71"),
+    ("TA 04:46", "286"), ("TA 02:07", "127"), ("TA 00:59", "59"), ("TA 59:59", "3599"), ("TA 00:00", "0"),
+    ("TA 01:00", "60"),
     ("TA 00.48*5", "2.4"), ("TA 50.40*2", "100.8"), ("TA 50.40*12 ", "604.8"), ("TA 00.01*10 ", "0.1"),
     ("TA 02:07*6", "762"), ("TA 01:30*2", "180"),
     ("TA: 12.35 ", "12.35"), ("TA: 00.61 ", "0.61"),
     ("TA: 01:11 ", "71"), ("TA: 12:34 ", "754"),
     ("TA: 00:03:11", "191"), ("TA: 00:00:59", "59"), ("TA: 01:00:00", "3600"), ("TA: 02:46:40", "10000"),
 ]
-NOTED = [("12.34", "12.34"), ("45", "45"), ("0", "0"), ("05:32", "332"), ("00:59", "59"), ("TA 45", "45"), ("TA: 45", "45")]
+NOTED = [
+    ("12.34", "12.34"), ("45", "45"), ("0", "0"), ("05:32", "332"), ("00:59", "59"), ("TA 45", "45"), ("TA: 45", "45"),
+]
 READ_BY_A_PERSON = [
-    ("ta 12.34", "12.34"), ("Ta 02:07", "127"), ("tA: 00:03:11", "191"), ("ta: 12.35", "12.35"), ("ta 02:07*6", "762"),    # lower case
-    ("TA12.34", "12.34"), ("TA02:07", "127"), ("TA:12.34", "12.34"), ("TA:00:03:11", "191"), ("TA:02:07*6", "762"),        # no blank after TA
-    ("TA  12.34", "12.34"), ("TA:  02:07", "127"),                                                   # several
-    ("TA 12,34", "12.34"), ("TA: 12,35 ", "12.35"), ("12,34", "12.34"), ("TA 50,40*2", "100.8"),                            # comma decimals
-    ("TA 2:07", "127"), ("TA: 2:07", "127"), ("TA 0:05", "5"), ("5:32", "332"), ("TA 2:07*6", "762"),                       # one-digit minutes
-    ("TA: 1:00:00", "3600"), ("TA: 10:00:01", "36001"), ("TA 01:02:03", "3723"),                                            # hours
+    # lower case
+    ("ta 12.34", "12.34"), ("Ta 02:07", "127"), ("tA: 00:03:11", "191"), ("ta: 12.35", "12.35"), ("ta 02:07*6", "762"),
+    # no blank after TA, or several
+    ("TA12.34", "12.34"), ("TA02:07", "127"), ("TA:12.34", "12.34"), ("TA:00:03:11", "191"), ("TA:02:07*6", "762"),
+    ("TA  12.34", "12.34"), ("TA:  02:07", "127"),
+    # comma decimals
+    ("TA 12,34", "12.34"), ("TA: 12,35 ", "12.35"), ("12,34", "12.34"), ("TA 50,40*2", "100.8"),
+    # one-digit minutes
+    ("TA 2:07", "127"), ("TA: 2:07", "127"), ("TA 0:05", "5"), ("5:32", "332"), ("TA 2:07*6", "762"),
+    # hours
+    ("TA: 1:00:00", "3600"), ("TA: 10:00:01", "36001"), ("TA 01:02:03", "3723"),
     ("TA 1.5", "1.5"), ("TA 100.25", "100.25"), ("TA 75:00", "4500"),
-    ("TA 12.34\0", "12.34"), ("TA: 12.35\0\0", "12.35"), ("TA 02:07\0 ", "127"), (" TA 02:07", "127"), ("\0TA 02:07", "127"),   # padding
+    # padding
+    ("TA 12.34\0", "12.34"), ("TA: 12.35\0\0", "12.35"), ("TA 02:07\0 ", "127"), (" TA 02:07", "127"),
+    ("\0TA 02:07", "127"),
     ("TA 02:07 * 6", "762"), ("TA 02:07*1", "127"), ("TA 02:07*06", "762"),
 ]
 UNREADABLE = [
-    "", " ", "\0", "Anon", "None", "NaN", "nan", "inf", "-inf", "TA", "TA:", "TA: ", "TA nan", "TA inf", "TA Anon", "***", "*", "*6", "TA *6",
-    "-1", "-12.34", "TA -12.34", "TA: -00:03:11", "TA 02:-7", "+12.34", "TA +1",                           # signed, as GE's GEMS_FUNCTOOL_01 keeps there
-    "TA 02:60", "TA 02:99", "TA: 00:60:00", "TA: 00:03:60", "TA: 01:75:00", "05:61",                       # no time of a clock
-    "TA 02:07*0", "TA 02:07*", "TA 02:07**2", "TA 02:07*-6", "TA 02:07*6*2", "TA 02:07*1.5", "TA 02:07*x",  # no number of concatenations
-    "TA 02:7", "TA 02:", "TA :07", "02::07", "TA: 00:03:1", "TA: 1:2:3:4", "TA: 00:00:03:11", "TA 02:007", "TA 02.07.08", "TA 12.3.4", "TA 12..34",
-    "TA 1,2,3",
-    "TA 12.34 s", "TA 12.34s", "12 min", "2m07s", "TA 1e3", "1e3", "0x10", "1_000", "TA 12.34 TA 12.34", "TA 12.34\\TA 12.34", "12.34\\12.34",
-    "TA 12 34", "TA 0 2:07",
-    "TATA 12.34", "TA:: 12.34", "TA; 12.34", "TA=12.34", "TE 12.34", "T 12.34", "A 12.34", "TR 02:07", "XTA 12.34", "2.5*TA", "TA 12.34!",
-    "[TA 12.34]", "TA 02-07", "TA 02;07",
-    "TA ٠٢:٠٧", "TA １２.３４", "ＴＡ 12.34", "²", "TA 12.34\nTA 2", "TA 02:07:08.09.10", "9" * 400, "TA " + "9" * 400, "TA " + "9:" * 200,
-    "TA 02:07*" + "9" * 400, "TA 1." + "1" * 400,
+    "", " ", "\0", "Anon", "None", "NaN", "nan", "inf", "-inf", "TA", "TA:", "TA: ", "TA nan", "TA inf", "TA Anon",
+    "***", "*", "*6", "TA *6",
+    # signed, as GE's GEMS_FUNCTOOL_01 keeps there
+    "-1", "-12.34", "TA -12.34", "TA: -00:03:11", "TA 02:-7", "+12.34", "TA +1",
+    # not the time of a clock
+    "TA 02:60", "TA 02:99", "TA: 00:60:00", "TA: 00:03:60", "TA: 01:75:00", "05:61",
+    # not a number of concatenations
+    "TA 02:07*0", "TA 02:07*", "TA 02:07**2", "TA 02:07*-6", "TA 02:07*6*2", "TA 02:07*1.5", "TA 02:07*x",
+    # other numbers of digits, or of parts
+    "TA 02:7", "TA 02:", "TA :07", "02::07", "TA: 00:03:1", "TA: 1:2:3:4", "TA: 00:00:03:11", "TA 02:007",
+    "TA 02.07.08", "TA 12.3.4", "TA 12..34", "TA 1,2,3", "TA 02:07:08.09.10",
+    # other words and numbers
+    "TA 12.34 s", "TA 12.34s", "12 min", "2m07s", "TA 1e3", "1e3", "0x10", "1_000", "TA 12.34 TA 12.34",
+    "TA 12.34\\TA 12.34", "12.34\\12.34", "TA 12 34", "TA 0 2:07",
+    "TATA 12.34", "TA:: 12.34", "TA; 12.34", "TA=12.34", "TE 12.34", "T 12.34", "A 12.34", "TR 02:07", "XTA 12.34",
+    "2.5*TA", "TA 12.34!", "[TA 12.34]", "TA 02-07", "TA 02;07",
+    "TA ٠٢:٠٧", "TA １２.３４", "ＴＡ 12.34", "²", "TA 12.34\nTA 2",
+    "9" * 400, "TA " + "9" * 400, "TA " + "9:" * 200, "TA 02:07*" + "9" * 400, "TA 1." + "1" * 400,
 ]
 
 
-@pytest.mark.parametrize("text, seconds", SEEN + NOTED + READ_BY_A_PERSON, ids=lambda value: ascii(value))
+@pytest.mark.parametrize("text, seconds", SEEN + NOTED + READ_BY_A_PERSON, ids=ascii)
 def test_acquisition_times_are_read(text, seconds):
     assert store.acquisition_time(text) == Decimal(seconds)
 
@@ -168,18 +205,22 @@ def test_what_is_no_acquisition_time_is_null_never_a_guess(text):
 
 
 @pytest.mark.parametrize("text, stored", [
-    ("TA 02:07*6", 762), ("TA 50.40*2", 101), ("TA 12.34", 12), ("TA: 00:03:11", 191), ("TA: 12.35 ", 12), ("TA 00.48*5", 2),
-    ("TA 00.04", 0), ("TA 00.49", 0), ("TA 00.50", 1), ("TA 00.99", 1), ("TA 01.50", 2), ("TA 02.50", 3), ("TA 12.49", 12), ("TA 12.51", 13),
+    ("TA 02:07*6", 762), ("TA 50.40*2", 101), ("TA 12.34", 12), ("TA: 00:03:11", 191), ("TA: 12.35 ", 12),
+    ("TA 00.48*5", 2),
+    ("TA 00.04", 0), ("TA 00.49", 0), ("TA 00.50", 1), ("TA 00.99", 1), ("TA 01.50", 2), ("TA 02.50", 3),
+    ("TA 12.49", 12), ("TA 12.51", 13),
     # in binary these are 14.499… and 4.499…: the product must be exact
     ("TA 00.29*50", 15), ("TA 00.09*50", 5), ("TA 01.15*10", 12),
 ])
 def test_what_is_stored_is_whole_seconds_a_half_rounded_up(text, stored):
-    value = store.half_up(store.acquisition_time(text))
+    seconds = store.acquisition_time(text)
+    value = None if seconds is None else store.half_up(seconds)
     assert value == stored and type(value) is int
 
 
 @pytest.mark.parametrize("seconds, expected", [
-    ("0", 0), ("0.04", 0), ("0.49", 0), ("0.4999999", 0), ("0.5", 1), ("0.51", 1), ("1.5", 2), ("2.5", 3), ("3.5", 4), ("100.8", 101), ("12.34", 12),
+    ("0", 0), ("0.04", 0), ("0.49", 0), ("0.4999999", 0), ("0.5", 1), ("0.51", 1), ("1.5", 2), ("2.5", 3), ("3.5", 4),
+    ("100.8", 101), ("12.34", 12),
     ("190.713", 191), ("333.39047241210938", 333), ("86400", 86400),
 ])
 def test_a_half_is_rounded_up(seconds, expected):
@@ -188,24 +229,25 @@ def test_a_half_is_rounded_up(seconds, expected):
 
 @st.composite
 def acquisition_times(draw):
-    """(text, seconds as an exact fraction): a value of the grammar, written in one of the ways a scanner or person writes it."""
+    """(text, seconds as an exact fraction): a value of the grammar, written as a scanner or a person may write it."""
     def digits(value: int, *widths: int) -> str:
         return str(value).zfill(draw(st.sampled_from(widths)))
 
     form = draw(st.sampled_from(["seconds", "mm:ss", "hh:mm:ss"]))
     if form == "seconds":
-        count, hundredths = draw(st.integers(0, 5999)), draw(st.integers(0, 99))
-        decimals = draw(st.sampled_from([0, 1, 2]))
-        fraction = Fraction(hundredths, 100) if decimals == 2 else Fraction(hundredths // 10, 10) if decimals == 1 else Fraction(0)
-        tail = "" if decimals == 0 else draw(st.sampled_from(".,")) + (str(hundredths).zfill(2) if decimals == 2 else str(hundredths // 10))
-        text, seconds = digits(count, 1, 2) + tail, count + fraction
+        count, decimals = draw(st.integers(0, 5999)), draw(st.text(alphabet="0123456789", max_size=2))
+        text, seconds = digits(count, 1, 2), Fraction(count)
+        if decimals:
+            text += draw(st.sampled_from(".,")) + decimals
+            seconds += Fraction(int(decimals), 10 ** len(decimals))
     else:
         hours, minutes, second = draw(st.integers(0, 30)), draw(st.integers(0, 59)), draw(st.integers(0, 59))
         if form == "mm:ss":
-            minutes += draw(st.sampled_from([0, 0, 0, 40]))
-            text, seconds = f"{digits(minutes, 1, 2)}:{second:02}", Fraction(minutes * 60 + second)
+            hours, minutes = 0, minutes + draw(st.sampled_from([0, 0, 0, 40]))
+            text = f"{digits(minutes, 1, 2)}:{second:02}"
         else:
-            text, seconds = f"{digits(hours, 1, 2)}:{minutes:02}:{second:02}", Fraction(hours * 3600 + minutes * 60 + second)
+            text = f"{digits(hours, 1, 2)}:{minutes:02}:{second:02}"
+        seconds = Fraction(hours * 3600 + minutes * 60 + second)
     label = draw(st.sampled_from(["", "TA", "ta", "Ta", "tA"]))
     if label:
         label += draw(st.sampled_from(["", ":"])) + " " * draw(st.integers(0, 3))
@@ -225,11 +267,18 @@ def test_every_acquisition_time_of_the_grammar_means_what_was_meant(pair):
     assert store.half_up(value) == math.floor(seconds + Fraction(1, 2))
 
 
+@st.composite
+def broken_times(draw):
+    """A value of the grammar with one character put in."""
+    text, _ = draw(acquisition_times())
+    place = draw(st.integers(0, len(text)))
+    return text[:place] + draw(st.characters()) + text[place:]
+
+
 near_times = st.one_of(
     st.text(max_size=24),
     st.text(alphabet="TAta :.,*0123456789 -+\0\\eE", max_size=24),
-    acquisition_times().flatmap(lambda pair: st.tuples(st.integers(0, len(pair[0])),
-                                                       st.characters()).map(lambda change: pair[0][:change[0]] + change[1] + pair[0][change[0]:])),
+    broken_times(),
     st.from_regex(r"[Tt]?[Aa]?:? ?\d{0,12}[:.,]?\d{0,12}[:.,]?\d{0,12}(\*\d{0,9})?"))
 
 
@@ -241,7 +290,7 @@ near_times = st.one_of(
 def test_the_duration_parser_never_raises_and_never_returns_a_negative_or_endless_time(text):
     value = store.acquisition_time(text)
     if value is not None:
-        assert isinstance(value, (int, Decimal)) and not isinstance(value, bool)
+        assert isinstance(value, Decimal)
         assert math.isfinite(value) and value >= 0
         assert 0 <= store.half_up(value) < 2 ** 63, "what SQLite holds"
 
@@ -257,8 +306,10 @@ def test_no_acquisition_time_is_read_from_a_text_without_a_digit_or_with_a_sign(
 # What holds for any text
 # ------------------------------------------------------------------------------------------------------------------
 
-any_text = st.one_of(st.text(max_size=40), st.text(alphabet="0123456789+-.eE \0YMWDnaif_*", max_size=20), st.text(alphabet="0123456789", max_size=400),
-                     st.floats().map(str), st.integers().map(str), st.characters(categories=["Cs"]).map(lambda char: "1" + char))
+any_text = st.one_of(
+    st.text(max_size=40), st.text(alphabet="0123456789+-.eE \0YMWDnaif_*", max_size=20),
+    st.text(alphabet="0123456789", max_size=400), st.floats().map(str), st.integers().map(str),
+    st.characters(categories=["Cs"]).map(lambda char: "1" + char))
 
 
 @property_test
@@ -270,8 +321,8 @@ def test_text_comes_out_as_text_without_padding_or_not_at_all(text):
         assert store.clean(value) == value
 
 
-@pytest.mark.parametrize("parse, kind", [(store.number, float), (store.magnitude, float), (store.whole, int), (store.age, int)],
-                         ids=["number", "magnitude", "whole", "age"])
+@pytest.mark.parametrize("parse, kind", [(number, float), (non_negative, float), (integer, int), (store.age, int)],
+                         ids=["number", "non_negative", "integer", "age"])
 @property_test
 @given(any_text)
 @example("1e400")
@@ -283,16 +334,16 @@ def test_numbers_come_out_as_finite_numbers_or_not_at_all(parse, kind, text):
     if value is not None:
         assert math.isfinite(value)
         assert kind is float or -2 ** 63 <= value < 2 ** 63
-        assert value >= 0 or parse in (store.number, store.whole)
+        assert value >= 0 or parse in (number, integer)
 
 
 @property_test
 @given(st.floats(allow_nan=False, allow_infinity=False), st.sampled_from(["", " ", "\0"]))
 def test_every_finite_number_is_read_exactly(value, padding):
-    assert store.number(repr(value) + padding) == value
+    assert number(repr(value) + padding) == value
 
 
 @property_test
 @given(st.integers(-2 ** 70, 2 ** 70))
 def test_every_integer_is_read_if_sqlite_holds_it(value):
-    assert store.whole(str(value)) == (value if -2 ** 63 <= value < 2 ** 63 else None)
+    assert integer(str(value)) == (value if -2 ** 63 <= value < 2 ** 63 else None)

@@ -11,6 +11,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 
 PROGRAM = pathlib.Path(__file__).resolve().parent.parent / "store_study_info.py"
 
@@ -20,34 +21,33 @@ class Warm:
 
     def __enter__(self):
         ours, theirs = socket.socketpair()
-        self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())],
+                                        pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self.socket = ours
         return self
 
     def __exit__(self, *_):
         self.socket.close()
-        self.process.wait(20)
+        self.process.wait(60)
 
     def run(self, arguments, folder, environment) -> tuple[int, str, str]:
         """Exit status, stdout, stderr."""
-        files = [open(os.devnull, "rb"), *(open(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600), "w+b") for _ in range(2))]
-        message = json.dumps({"arguments": arguments, "folder": str(folder), "environment": environment}).encode()
-        rights = array.array("i", [file.fileno() for file in files])
-        self.socket.sendmsg([len(message).to_bytes(4, "big") + message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-        status = int.from_bytes(self.socket.recv(4), "big", signed=True)
-        texts = []
-        for file in files:
-            file.seek(0)
-            texts.append(file.read().decode())
-            file.close()
-        return status, texts[1], texts[2]
+        with open(os.devnull, "rb") as nothing, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            message = json.dumps({"arguments": arguments, "folder": str(folder), "environment": environment}).encode()
+            rights = array.array("i", [file.fileno() for file in (nothing, out, err)])
+            self.socket.sendmsg([len(message).to_bytes(4, "big") + message],
+                                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            status = int.from_bytes(self.socket.recv(4), "big", signed=True)
+            out.seek(0)
+            err.seek(0)
+            return status, out.read().decode(), err.read().decode()
 
 
 def serve(connection: socket.socket) -> None:
     """Fork for each message: length, JSON, and the three standard streams."""
     sys.path.insert(0, str(PROGRAM.parent))
-    import httpx  # noqa: F401
+    import httpx  # noqa: F401 - the program imports it where it first needs it
     import store_study_info
     store_study_info.client_class()
     while True:
@@ -76,9 +76,9 @@ def become(wanted: dict, streams: list[int], program) -> None:
     sys.argv = [str(PROGRAM), *wanted["arguments"]]
     status = 70
     try:
-        sys.exit(program.main())
-    except SystemExit as end:
-        status = end.code or 0
+        status = program.main()
+    except SystemExit as end:    # after --help, --version and usage errors
+        status = int(end.code or 0)
     except BaseException:    # what the interpreter would print
         import traceback
         traceback.print_exc()
