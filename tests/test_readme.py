@@ -7,6 +7,7 @@ in one folder, before the demo's server. A block `sql` is a query, a block `pyth
 block `text` that follows is the answer. Commands in blocks `sh`, `cron` and `ini` are only checked to be understood.
 Time stamps and the server's address are not compared; a long paragraph of the demo is cut with `…`.
 """
+import configparser
 import contextlib
 import datetime
 import fnmatch
@@ -20,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import NamedTuple
 
 import pytest
 
@@ -51,6 +54,10 @@ TEXT = README.read_text(encoding="utf-8")
 NOTES = (ROOT / "NOTES.md").read_text(encoding="utf-8")
 BLOCKS = [Block(match[1], TEXT.count("\n", 0, match.start()) + 1, match[2]) for match in BLOCK.finditer(TEXT)]
 ANSWERED = [(block, BLOCKS[place + 1]) for place, block in enumerate(BLOCKS[:-1]) if block.kind in ("sql", "python") and BLOCKS[place + 1].kind == "text"]
+
+
+QUERIES = [block for block in BLOCKS if block.kind == "sql" and not block.text.startswith("CREATE")]
+SCHEMA = [block for block in BLOCKS if block.kind == "sql" and block.text.startswith("CREATE")]
 
 
 def blocks(*kinds: str) -> list[Block]:
@@ -129,11 +136,16 @@ class Place:
             assert (ended.returncode, ended.stderr) == (0, "")
         return abridged(plain(ended.stdout))
 
-    def answer(self, block: Block) -> str:
-        """What a query or a script says of the whole demo, March and April."""
+    def database(self) -> pathlib.Path:
+        """With the whole demo, March and April; beside it april.csv."""
         database = self.folder / "study_info.db"
         if not database.exists():
             self.shell("./store_study_info.py -q 202403 && ./store_study_info.py -q --csv april.csv 202404")
+        return database
+
+    def answer(self, block: Block) -> str:
+        """What a query or a script says of the whole demo."""
+        database = self.database()
         if block.kind == "sql":
             return demo.ask(database, block.text) + "\n"
         ended = subprocess.run([sys.executable, "-c", block.text], cwd=self.folder, capture_output=True, encoding="utf-8", timeout=120)
@@ -182,10 +194,79 @@ def test_each_query_gives_the_answer_shown(answered, block, answer):
     assert lines(answered.answer(block)) == lines(answer.text)
 
 
-def test_there_are_ten_queries_and_none_without_its_answer():
-    queries = [block for block in blocks("sql") if re.match(r"(SELECT|WITH)\b", block.text)]
-    assert len(queries) >= 10
-    assert {block for block, _ in ANSWERED} >= set(queries)
+def test_there_are_ten_queries():
+    assert len(QUERIES) >= 10
+
+
+def test_every_block_is_held_by_a_test():
+    """One of another kind, a query without its answer or an answer without its query would be passed over."""
+    claimed = [*blocks("console", "sh", "cron", "ini"), *SCHEMA, *(block for pair in ANSWERED for block in pair)]
+    assert sorted(claimed, key=lambda block: block.line) == BLOCKS
+    fences = re.findall(r"^ *(?:```|~~~).*$", TEXT, re.MULTILINE)
+    assert len(fences) == 2 * len(BLOCKS), "a block without a kind, or indented"
+
+
+# -- figures that every release of SQLite rounds alike -----------------------------------------------------------------
+
+def rounded_by(database: pathlib.Path | str, query: str) -> list[tuple[Fraction, int]]:
+    """What a query rounds: each value as it was before, exactly, and to how many decimals."""
+    seen = []
+
+    def take_note(value, decimals=0):
+        if value is not None:
+            seen.append((Fraction(value), decimals))
+        return value
+
+    with contextlib.closing(sqlite3.connect(database)) as conn:
+        for arguments in (1, 2):
+            conn.create_function("round", arguments, take_note)
+        conn.execute(query).fetchall()
+    return seen
+
+
+def from_a_tie(value: Fraction, decimals: int) -> Fraction:
+    """How far a value is from where it would be rounded otherwise, in units of its last decimal."""
+    return abs(value * 10**decimals % 1 - Fraction(1, 2))
+
+
+# Far more than sums of floating-point numbers differ by, from one release or machine to another.
+ENOUGH = Fraction(1, 1000)
+
+
+def test_a_figure_on_a_rounding_tie_would_be_seen():
+    """SQLite rounds 711 / 60.0 to 11.8 or to 11.9, by its release."""
+    ((value, decimals),) = rounded_by(":memory:", "SELECT round(711 / 60.0, 1)")
+    assert decimals == 1
+    assert from_a_tie(value, decimals) < ENOUGH
+
+
+@pytest.mark.parametrize("query", [demo.SERIES_TABLE, demo.QUESTION, *(block.text for block in QUERIES)],
+                         ids=["series", "question", *map(str, QUERIES)])
+def test_no_figure_that_a_query_shows_is_near_a_rounding_tie(answered, query):
+    figures = rounded_by(answered.database(), query)
+    assert len(figures) >= query.count("round(")
+    assert [] == [(float(value), decimals) for value, decimals in figures if from_a_tie(value, decimals) < ENOUGH]
+
+
+@pytest.mark.parametrize("block", [block for block, _ in ANSWERED if ".round(" in block.text], ids=str)
+def test_no_figure_that_pandas_shows_is_near_a_rounding_tie(answered, block, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    figures = []
+
+    def take_note(table, decimals=0):
+        figures.extend((Fraction(value), decimals) for name in table.columns for value in table[name])
+        return table
+
+    answered.database()
+    monkeypatch.chdir(answered.folder)
+    monkeypatch.setattr(pandas.DataFrame, "round", take_note)
+    exec(compile(block.text, "README.md", "exec"), {})
+    assert len(figures) >= 5
+    assert [] == [(float(value), decimals) for value, decimals in figures if from_a_tie(value, decimals) < ENOUGH]
+
+
+def test_the_figures_that_pandas_rounds_are_looked_at():
+    assert [block for block, _ in ANSWERED if ".round(" in block.text]
 
 
 # -- commands, options, variables --------------------------------------------------------------------------------------
@@ -220,8 +301,30 @@ def test_each_example_of_help_works(shown, call):
     assert made == {"sar.db" if "sar.db" in call else "study_info.db"} | ({"april.csv"} if "april.csv" in call else set())
 
 
-def test_help_has_examples():
+def test_there_are_commands_and_examples_to_check():
+    assert len(CHECKED) >= 5
     assert len(EXAMPLES) >= 5
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=str)
+def test_each_shell_block_is_one(block):
+    subprocess.run(["sh", "-n"], input=block.text, text=True, check=True, timeout=60)
+    scripts = re.findall(r"\bsh (tests/\w+\.sh)", block.text)
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+@pytest.mark.parametrize("block", blocks("ini"), ids=str)
+def test_each_unit_of_systemd_is_one(block):
+    read = configparser.ConfigParser(interpolation=None)
+    read.optionxform = str
+    read.read_string(block.text)
+    assert set(read.sections()) <= {"Unit", "Service", "Timer", "Install"}
+
+
+@pytest.mark.parametrize("block", blocks("cron"), ids=str)
+def test_each_line_of_a_crontab_is_one(block):
+    for line in block.text.splitlines():
+        assert re.fullmatch(r"[A-Z_]+=\S+|([\d*]+ +){5}[^%]+", line), line
 
 
 def test_help_fits_in_80_columns():
@@ -258,7 +361,7 @@ def described(conn: sqlite3.Connection) -> dict:
 
 
 def test_readme_shows_the_schema_as_it_is():
-    (block,) = [block for block in blocks("sql") if block.text.startswith("CREATE")]
+    (block,) = SCHEMA
     with contextlib.closing(sqlite3.connect(":memory:")) as shown, contextlib.closing(sqlite3.connect(":memory:")) as made:
         shown.executescript(block.text)
         program.create_tables(made)
