@@ -1,4 +1,5 @@
 """Throw-away Orthanc servers for tests, demo and benchmark."""
+import contextlib
 import json
 import os
 import pathlib
@@ -25,11 +26,13 @@ def commands() -> list[str]:
 
     `Orthanc` alone, the default, is the installed one; `stand-in` is none at all.
     """
-    return [found for command in named() if command != "stand-in" for found in (installed() if command == "Orthanc" else [command])]
+    wanted = [command for command in named() if command != "stand-in"]
+    return [found for command in wanted for found in (installed() if command == "Orthanc" else [command])]
 
 
 def named() -> list[str]:
-    return [command.strip() for command in os.environ.get("ORTHANC_COMMANDS", "").split(";") if command.strip()] or ["Orthanc"]
+    words = os.environ.get("ORTHANC_COMMANDS", "").split(";")
+    return [word.strip() for word in words if word.strip()] or ["Orthanc"]
 
 
 def installed() -> list[str]:
@@ -46,7 +49,8 @@ def installed() -> list[str]:
 def starts(place: str) -> bool:
     """Whether it can be run at all: a library that it needs may be missing."""
     try:
-        return subprocess.run([place, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0
+        return subprocess.run([place, "--version"], check=False, stdin=subprocess.DEVNULL, capture_output=True,
+                              timeout=60).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 
@@ -60,7 +64,8 @@ def free_port() -> int:
 class Orthanc:
     """One server in a temporary folder on a free loopback port, as a context manager; .url is where it answers.
 
-    command: how to start it; one that begins with `chroot DIR` gets its folder inside of DIR. options go into its configuration.
+    command: how to start it; one that begins with `chroot DIR` gets its folder inside of DIR.
+    options go into its configuration.
     """
 
     def __init__(self, command: str, **options):
@@ -69,15 +74,19 @@ class Orthanc:
         self.root = pathlib.Path(self.words[1] if self.words[0] == "chroot" and self.words[1:] else "/")
 
     def __enter__(self):
-        for attempt in range(3):    # somebody else can take a free port before Orthanc does
-            try:
+        for _ in range(2):    # somebody else can take a free port before Orthanc does
+            with contextlib.suppress(DidNotStart):
                 return self.start()
-            except BaseException as error:    # an interrupt too leaves nothing running
-                self.__exit__()
-                if attempt == 2 or not isinstance(error, DidNotStart):
-                    raise
+        return self.start()
 
     def start(self):
+        try:
+            return self.answering()
+        except BaseException:    # an interrupt too leaves nothing running
+            self.__exit__()
+            raise
+
+    def answering(self):
         port = free_port()
         try:
             self.process = self.launch(port)
@@ -85,7 +94,8 @@ class Orthanc:
             raise DidNotStart(f"{self.command} cannot be started: {error.strerror}.") from None
         self.url = f"http://127.0.0.1:{port}"
         auth = next(iter(self.options.get("RegisteredUsers", {}).items()), None)
-        self.client = httpx.Client(base_url=self.url, timeout=60, auth=auth, trust_env=False, limits=httpx.Limits(keepalive_expiry=0.5))
+        self.client = httpx.Client(base_url=self.url, timeout=60, auth=auth, trust_env=False,
+                                   limits=httpx.Limits(keepalive_expiry=0.5))
         for _ in range(600):
             try:
                 self.version = self.client.get("/system").raise_for_status().json()["Version"]
@@ -106,10 +116,11 @@ class Orthanc:
             "SyncStorageArea": False, **self.options}
         (self.folder / "orthanc.json").write_text(json.dumps(configuration))
         with open(self.folder / "log", "wb") as log:
-            return subprocess.Popen([*self.words, inside + "/orthanc.json"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            return subprocess.Popen([*self.words, inside + "/orthanc.json"], stdin=subprocess.DEVNULL,
+                                    stdout=log, stderr=log)
 
     def last_words(self) -> str:
-        """The last line that it printed, but for what Orthanc says when it ends for whatever reason: then its last error."""
+        """Its last error, for whatever the reason Orthanc says at last that it has stopped; else the last line."""
         lines = (self.folder / "log").read_text(errors="replace").split("\n")
         printed = [line for line in lines if line.strip()] or [f"it printed nothing, status {self.process.returncode}"]
         return [*printed, *(line for line in printed if re.match(r"E\d{4} ", line))][-1]
