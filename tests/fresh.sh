@@ -40,9 +40,9 @@ done
 run=$folder/fresh.$$
 mkdir -m 755 "$run"
 
-# isolated SCRIPT [argument …]: its status; this shell can be interrupted meanwhile.
+# isolated SCRIPT [argument …]: its status; this shell can be interrupted meanwhile, and killed.
 isolated() {
-    unshare --mount --pid --fork --kill-child sh -euc "$@" &
+    setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child sh -euc "$@" &
     child=$!
     status=0
     wait "$child" || status=$?
@@ -115,7 +115,7 @@ take_file() {
 # Bare systems are kept; one that was not finished is under another name.
 base_of() {
     base=$folder/bare-$1
-    [ ! -e "$base" ] || return 0
+    if [ -e "$base" ]; then return 0; fi
     say "Making $base …"
     unfinished=$run/base
     # shellcheck disable=SC2016
@@ -158,7 +158,7 @@ left_behind() {
 try() {
     root=$run/root log=$folder/fresh-$1-$who problems=''
     rm -rf "$root"
-    base_of "$1" || { echo "$1, $who: cannot be made, see $base.log"; return 1; }
+    base_of "$1" || { echo "$1, $who: cannot be made: $(tail -n 1 "$base.log") (see $base.log)"; return 1; }
     cp -a "$base" "$root"
     take_settings "$root"
     newcomer=root
@@ -205,7 +205,9 @@ try() {
     echo "$1, $who: demo on ${server:-nothing}, $demo_seconds s;" \
         "tests ${passed:-0} passed, $((${failed:-0} + ${errors:-0})) failed, $tests_seconds s;" \
         "${problems:-all is well, the clone is clean}"
-    [ -z "$problems" ] || { tail -n 30 "$log-demo.log" "$log-tests.log" >&2; return 1; }
+    [ -n "$problems" ] || return 0
+    for file in "$log-demo.log" "$log-tests.log"; do say "--- the end of $file:"; tail -n 30 "$file" >&2; done
+    return 1
 }
 
 # Without python3-venv an ordinary user reads one sentence; then root installs it.
