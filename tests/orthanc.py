@@ -68,10 +68,16 @@ class Orthanc:
     options go into its configuration.
     """
 
+    url: str
+    version: str
+    client: httpx.Client
+    process: subprocess.Popen
+    folder: pathlib.Path
+
     def __init__(self, command: str, **options):
         self.command, self.words, self.options = command, shlex.split(command), options
-        self.folder = self.process = self.client = None
         self.root = pathlib.Path(self.words[1] if self.words[0] == "chroot" and self.words[1:] else "/")
+        self.stack = contextlib.ExitStack()
 
     def __enter__(self):
         for _ in range(2):    # somebody else can take a free port before Orthanc does
@@ -80,35 +86,24 @@ class Orthanc:
         return self.start()
 
     def start(self):
-        try:
-            return self.answering()
-        except BaseException:    # an interrupt too leaves nothing running
-            self.__exit__()
-            raise
-
-    def answering(self):
-        port = free_port()
-        try:
-            self.process = self.launch(port)
-        except OSError as error:    # no such command, no such folder
-            raise DidNotStart(f"{self.command} cannot be started: {error.strerror}.") from None
-        self.url = f"http://127.0.0.1:{port}"
-        auth = next(iter(self.options.get("RegisteredUsers", {}).items()), None)
-        self.client = httpx.Client(base_url=self.url, timeout=60, auth=auth, trust_env=False,
-                                   limits=httpx.Limits(keepalive_expiry=0.5))
-        for _ in range(600):
+        with contextlib.ExitStack() as stack:    # an interrupt too leaves nothing running
+            port = free_port()
             try:
-                self.version = self.client.get("/system").raise_for_status().json()["Version"]
-                return self
-            except httpx.HTTPError:
-                if self.process.poll() is not None:
-                    raise DidNotStart(f"{self.command} ended at once: {self.last_words()}") from None
-                time.sleep(0.05)
-        raise DidNotStart(f"{self.command} did not answer within 30 s.")
+                self.launch(port, stack)
+            except OSError as error:    # no such command, no such folder
+                raise DidNotStart(f"{self.command} cannot be started: {error.strerror}.") from None
+            self.url = f"http://127.0.0.1:{port}"
+            auth = next(iter(self.options.get("RegisteredUsers", {}).items()), None)
+            self.client = stack.enter_context(httpx.Client(
+                base_url=self.url, timeout=60, auth=auth, trust_env=False, limits=httpx.Limits(keepalive_expiry=0.5)))
+            self.version = self.first_answer()["Version"]
+            self.stack = stack.pop_all()
+        return self
 
-    def launch(self, port: int) -> subprocess.Popen:
+    def launch(self, port: int, stack: contextlib.ExitStack) -> None:
         base = self.root / "tmp" if self.root != pathlib.Path("/") else pathlib.Path(tempfile.gettempdir())
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="orthanc-", dir=base))
+        stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         inside = "/" + str(self.folder.relative_to(self.root))
         configuration = {
             "StorageDirectory": inside, "IndexDirectory": inside, "HttpPort": port, "DicomServerEnabled": False,
@@ -116,8 +111,20 @@ class Orthanc:
             "SyncStorageArea": False, **self.options}
         (self.folder / "orthanc.json").write_text(json.dumps(configuration))
         with open(self.folder / "log", "wb") as log:
-            return subprocess.Popen([*self.words, inside + "/orthanc.json"], stdin=subprocess.DEVNULL,
-                                    stdout=log, stderr=log)
+            self.process = subprocess.Popen([*self.words, inside + "/orthanc.json"], stdin=subprocess.DEVNULL,
+                                            stdout=log, stderr=log)
+        stack.callback(self.process.wait)
+        stack.callback(self.process.kill)    # nothing of it is kept, and an orderly end takes it two seconds
+
+    def first_answer(self) -> dict:
+        for _ in range(600):
+            try:
+                return self.client.get("/system").raise_for_status().json()
+            except httpx.HTTPError:
+                if self.process.poll() is not None:
+                    raise DidNotStart(f"{self.command} ended at once: {self.last_words()}") from None
+                time.sleep(0.05)
+        raise DidNotStart(f"{self.command} did not answer within 30 s.")
 
     def last_words(self) -> str:
         """Its last error, for whatever the reason Orthanc says at last that it has stopped; else the last line."""
@@ -126,13 +133,7 @@ class Orthanc:
         return [*printed, *(line for line in printed if re.match(r"E\d{4} ", line))][-1]
 
     def __exit__(self, *_):
-        if self.client:
-            self.client.close()
-        if self.process:
-            self.process.kill()    # nothing of it is kept, and an orderly end takes it two seconds
-            self.process.wait()
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.stack.close()
 
     @property
     def extended(self) -> bool:

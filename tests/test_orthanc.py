@@ -55,12 +55,12 @@ def test_a_command_that_does_not_exist(command):
 def test_an_installed_one_that_starts_is_preferred_to_one_that_does_not(tmp_path, monkeypatch):
     broken, good = (executable(tmp_path / name / ".orthanc" / "usr" / "sbin" / "Orthanc", f"exit {status}")
                     for name, status in (("broken", 127), ("unpacked", 0)))
+    visible = [broken]
     monkeypatch.setattr(orthanc.shutil, "which", lambda name: broken)
     monkeypatch.setattr(orthanc.os, "access", lambda path, mode: str(path) in visible)    # not this machine's own
     monkeypatch.setattr(orthanc, "HERE", tmp_path / "unpacked")
-    visible = [broken]
     assert orthanc.installed() == [broken]
-    visible = [broken, good]
+    visible.append(good)
     assert orthanc.installed() == [good]
 
 
