@@ -57,7 +57,7 @@ isolated() {
 # Writes pip.conf: all settings of pip on this machine, its environment's included. Prints the files and folders that
 # these name, where packages are read from a disk.
 PIP_SETTINGS='
-import ast, os, re, sys, urllib.parse, urllib.request
+import ast, os, sys, urllib.parse, urllib.request
 
 sections, paths = {}, []
 for line in sys.stdin:
@@ -95,7 +95,7 @@ take_settings() {
             if [ -d "$path" ]; then echo "$path" >>"$run/mounts"; elif [ -n "$path" ]; then take_file "$1" "$path"; fi
         done
     # proxies, and which certificates are believed
-    env | grep -E '^(https?|all|no)_proxy=|^(HTTPS?|ALL|NO)_PROXY=|^(SSL_CERT_FILE|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)=' \
+    env | grep -iE '^(https?|all|no)_proxy=|^(SSL_CERT_FILE|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)=' \
         >"$run/environment" || true
     sed -nE 's/^[A-Z_]*(CERT_FILE|CA_BUNDLE)=//p' "$run/environment" |
         while read -r path; do take_file "$1" "$path"; done
@@ -139,7 +139,8 @@ while read -r path; do
 done <"$mounts"
 set -- HOME="$home" USER="$user" TERM=dumb PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 while read -r setting; do set -- "$@" "$setting"; done <"$environment"
-timeout 1500 chroot --userspec="$user" "$root" env -i "$@" sh -c "cd ~/store_study_info 2>/dev/null; $command" </dev/null
+exec </dev/null
+timeout 1500 chroot --userspec="$user" "$root" env -i "$@" sh -c "cd ~/store_study_info 2>/dev/null; $command"
 exit $?    # stays the first process, which takes in what others leave
 '
 inside() { isolated "$INSIDE" sh "$root" "$run/mounts" "$run/environment" "$2" "$(home_of "$2")" "$3" >"$1" 2>&1; }

@@ -43,7 +43,7 @@ apt_get() {
 }
 
 # Why apt failed, in one line.
-apt_error() { grep '^E: ' "$apt_log" | cut -c 4- | tail -n 1; }
+apt_error() { { cat "$apt_log"; grep '^E: ' "$apt_log"; } | sed 's/^E: //' | tail -n 1; }
 
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
@@ -94,8 +94,8 @@ make_environment() {
         "$base" -m venv "$env" || { say "$base could not make a virtual environment in $env."; return 1; }
     fi
     if ! "$PYTHON" -m pip install -q --disable-pip-version-check "$@" >&2; then
-        say "What is needed for the $purpose could not be installed; pip says why above. Nothing half-made is left: call this" \
-            "again once the network and the package registry answer."
+        say "What is needed for the $purpose could not be installed; pip says why above. Nothing half-made is left:" \
+            "call this again once the network and the package registry answer."
         return 1
     fi
     printf '%s\n' "$stamp$purpose" >"$env/stamp"
@@ -135,11 +135,13 @@ fetch_orthanc() {
     ( cd "$1" && apt download orthanc ) && dpkg-deb -x "$1"/orthanc_*.deb "$1" && rm -f "$1"/orthanc_*.deb
 }
 
-# Should one of the packages bring a service, it is not started; a machine with a policy of its own keeps that.
+# Should one of the packages bring a service, it is not started. A machine with a policy of its own keeps that; ours
+# has no effect once this script has ended, even where it was killed.
 without_services() {
     if [ -e /usr/sbin/policy-rc.d ]; then "$@"; return; fi
     policy=/usr/sbin/policy-rc.d
-    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    # shellcheck disable=SC2016
+    printf '#!/bin/sh\nkill -0 %s 2>/dev/null && exit 101\nrm -f "$0"\n' "$$" >"$policy"
     chmod 755 "$policy"
     "$@" && status=0 || status=$?
     rm -f "$policy"
