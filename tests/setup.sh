@@ -91,7 +91,11 @@ make_environment() {
         say "Preparing a virtual environment in $env (less than a minute, only this once) …"
         unfinished=$env
         rm -rf "$env"
-        "$base" -m venv "$env" || { say "$base could not make a virtual environment in $env."; return 1; }
+        if ! said=$("$base" -m venv "$env" 2>&1); then
+            said=$(printf '%s\n' "$said" | tail -n 1)
+            say "$base could not make a virtual environment in $env: $said"
+            return 1
+        fi
     fi
     if ! "$PYTHON" -m pip install -q --disable-pip-version-check "$@" >&2; then
         say "What is needed for the $purpose could not be installed; pip says why above. Nothing half-made is left:" \
