@@ -32,7 +32,7 @@ def failure(command: str) -> str:
         return str(error)
 
 
-# Those that do not start are left out, unless all are required. Tried once: the workers of xdist find what is left here.
+# Those that do not start are left out, unless all are required. Tried once: xdist's workers find what is left here.
 FAILURES = {} if REQUIRED or "PYTEST_XDIST_WORKER" in os.environ else {one: failure(one) for one in orthanc.commands()}
 FAILED = [*filter(None, FAILURES.values())]
 if FAILED:
@@ -42,7 +42,8 @@ REAL = COMMANDS != STAND_INS
 
 
 def pytest_report_header(config):
-    return "orthanc: " + ("; ".join(COMMANDS) if REAL else " ".join(FAILED or [NO_ORTHANC]) + "; a stand-in takes its place")
+    used = "; ".join(COMMANDS) if REAL else " ".join(FAILED or [NO_ORTHANC]) + "; a stand-in takes its place"
+    return "orthanc: " + used
 
 
 def pytest_terminal_summary(terminalreporter):
