@@ -725,10 +725,16 @@ def options(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     arguments = options(argv)
-    from orthanc import Orthanc
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as name, Orthanc(arguments.orthanc) as server, \
-            Relay(int(server.url.rpartition(":")[2])) as relaying, Runner(pathlib.Path(name), arguments.python) as run:
-        bench = Bench(arguments, server, relaying, run, pathlib.Path(name))
+    from orthanc import DidNotStart, Orthanc
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(Orthanc(arguments.orthanc))
+        except DidNotStart as error:
+            sys.exit(str(error))
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
+        relaying = stack.enter_context(Relay(int(server.url.rpartition(":")[2])))
+        run = stack.enter_context(Runner(folder, arguments.python))
+        bench = Bench(arguments, server, relaying, run, folder)
         print(machine(bench), flush=True)
         for section in arguments.sections:
             fill(bench, section)

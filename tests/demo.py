@@ -18,7 +18,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator
 from concurrent import futures
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
 HERE = pathlib.Path(__file__).resolve().parent
 if __name__ == "__main__":
@@ -253,16 +253,26 @@ GROUP BY accession ORDER BY sum(sar * duration) DESC"""
 # ------------------------------------------------------------------------------------------------------------------
 
 def running_server(stack: contextlib.ExitStack, folder: pathlib.Path, guarded: bool = True):
-    """A server with the studies, until the stack is left: Orthanc, or its stand-in where there is none.
+    """A server with the studies, until the stack is left: Orthanc, or its stand-in where there is none that starts.
 
     guarded: signals are ignored while it is stopped.
     """
+    from stand_in import StandIn
     command = next(iter(orthanc.commands()), None)
-    if command:
-        server: Any = orthanc.Orthanc(command)
-    else:
-        from stand_in import StandIn
-        server = StandIn()
+    server, name = (orthanc.Orthanc(command) if command else StandIn()), "A stand-in (no Orthanc was found)"
+    try:
+        start(server, stack, folder, guarded)
+        name = f"Orthanc {server.version}" if command else name
+    except orthanc.DidNotStart as error:
+        print(f"{error}\nA small stand-in takes its place.", file=sys.stderr, flush=True)
+        server, name = StandIn(), "A stand-in (Orthanc did not start)"
+        start(server, stack, folder, guarded)
+    server.upload(*files())
+    server.settle()
+    return server, name
+
+
+def start(server, stack: contextlib.ExitStack, folder: pathlib.Path, guarded: bool) -> None:
     before, tempfile.tempdir = tempfile.tempdir, str(folder)    # what the server keeps goes away with the rest
     # in a thread, where no interrupt leaves it half done
     starting = futures.ThreadPoolExecutor(1).submit(server.__enter__)
@@ -273,9 +283,6 @@ def running_server(stack: contextlib.ExitStack, folder: pathlib.Path, guarded: b
         starting.result()
     finally:
         tempfile.tempdir = before
-    server.upload(*files())
-    server.settle()
-    return server, f"Orthanc {server.version}" if command else "A stand-in (no Orthanc was found)"
 
 
 def stop(server, starting: futures.Future) -> None:
@@ -364,7 +371,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
-    cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):    # nothing where it is closed
+            stream.reconfigure(encoding="utf-8")
     try:
         with tempfile.TemporaryDirectory(prefix="store_study_info-") as folder:
             serve(pathlib.Path(folder)) if options.serve else show(pathlib.Path(folder), keep)
