@@ -2,6 +2,7 @@
 import contextlib
 import os
 import pathlib
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +15,9 @@ PROGRAM = HERE.parent / "store_study_info.py"
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import orthanc  # noqa: E402
-from endpoint import Proxy  # noqa: E402
+import store_study_info as program  # noqa: E402
+from clock import Clock  # noqa: E402
+from endpoint import Endpoint, Proxy  # noqa: E402
 from stand_in import StandIn  # noqa: E402
 from warm import Warm  # noqa: E402
 
@@ -171,3 +174,33 @@ def warm():
 def home(tmp_path, warm) -> Home:
     return Home(tmp_path, warm)
 
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """The time of this process' endpoints, and of the program where it runs in this process: see clock.py."""
+    made = Clock()
+    monkeypatch.setattr(program, "time", made)
+    monkeypatch.setattr(Endpoint, "clock", made)
+    monkeypatch.setattr(socket.socket, "recv", lambda *arguments: made.recv(*arguments))
+    return made
+
+
+@pytest.fixture
+def here(home, monkeypatch, capfd, clock):
+    """here(*arguments, url=…): the program's main() in this process, its waits made, one study after the other."""
+    monkeypatch.chdir(home.folder)
+    for name in set(os.environ) - home.environment().keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home.folder))
+
+    def run(*arguments, url, jobs=1) -> Ran:
+        capfd.readouterr()
+        try:
+            status = program.main(["--jobs", str(jobs), "--url", url, *map(str, arguments)])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return Ran(status, out, err)
+    return run
