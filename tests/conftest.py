@@ -204,3 +204,33 @@ def here(home, monkeypatch, capfd, clock):
         assert "Traceback" not in err
         return Ran(status, out, err)
     return run
+
+
+class Refusals:
+    """How often SQLite refused the program a lock; `then` is called each time, and may let go of it."""
+
+    def __init__(self):
+        self.count, self.then = 0, lambda: None
+
+    def met(self) -> None:
+        self.count += 1
+        self.then()
+
+
+@pytest.fixture
+def refusals(monkeypatch) -> Refusals:
+    """For connections made from now on in this process."""
+    connect, refusals = sqlite3.connect, Refusals()
+
+    def watched(*arguments, factory=sqlite3.Connection, **options):
+        class Watched(factory):
+            def execute(self, *arguments):
+                try:
+                    return super().execute(*arguments)
+                except sqlite3.OperationalError as error:
+                    if "locked" in str(error):
+                        refusals.met()
+                    raise
+        return connect(*arguments, factory=Watched, **options)
+    monkeypatch.setattr(sqlite3, "connect", watched)
+    return refusals

@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 
 import pytest
 from hypothesis import given, settings
@@ -66,7 +65,7 @@ def path(tmp_path) -> str:
 
 
 @pytest.fixture
-def conn(path):
+def conn(path, refusals):
     with contextlib.closing(store.open_database(path)) as conn:
         yield conn
 
@@ -106,7 +105,7 @@ def child(code: str, path, user=False, **arguments) -> subprocess.Popen:
 
 def said_by(process: subprocess.Popen) -> str:
     """What a child printed; a traceback is never right."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     return out.strip()
 
@@ -316,6 +315,25 @@ def test_a_study_of_many_series_is_replaced_whole(path, conn):
     put(conn, "E1", range(3000))
     put(conn, "E1", range(1500, 4000))
     assert sorted(int(uid.rpartition(".")[2]) for uid in stored_uids(path)) == list(range(1500, 4000))
+
+
+def test_without_replace_nothing_that_is_stored_is_changed_or_taken_out(path, conn):
+    """What a run without --force found is less than what is stored: a study may be gone from the server."""
+    put(conn, "E1", (1, 2))
+    before = everything(path)
+    came = [series_row(2, sar=9.0), series_row(3)]
+    assert store.store_study("E1", conn, study_row(age=99, study_date="20240428"), came, False) == 1
+    assert everything(path) == {"studies": before["studies"], "series": [*before["series"], tuple(came[1].values())]}
+
+
+def test_without_replace_more_series_come_in_and_the_study_is_described_anew(path, conn):
+    """All that is stored was found again: a study that came later may be the earliest, which gives the row."""
+    put(conn, "E1", (1, 2))
+    before = everything(path)
+    came = [series_row(1, sar=9.0), series_row(2), series_row(3)]
+    row = study_row(age=41, study_date="20240426")
+    assert store.store_study("E1", conn, row, came, False) == 0
+    assert everything(path) == {"studies": [tuple(row.values())], "series": [*before["series"], tuple(came[2].values())]}
 
 
 def test_a_series_stored_under_another_accession_is_never_moved(path, conn):
@@ -645,7 +663,7 @@ def test_what_a_killed_writer_left_is_undone_by_the_next_run(path, conn):
     conn.close()
     before, content = everything(path), pathlib.Path(path).read_bytes()
     killed = child(KILLED, path)
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert os.path.getsize(path + "-journal") > 512 and pathlib.Path(path).read_bytes() != content, "half of it was in the file"
     with contextlib.closing(store.open_database(path)) as again:
@@ -661,56 +679,60 @@ def test_what_a_killed_writer_left_is_undone_by_the_next_run(path, conn):
 # ------------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def held(path, begin, seconds=None):
-    """Another program's lock; let go of after that many seconds, of itself, or at the end."""
-    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+def held(path, begin):
+    """Another program's lock, and what lets go of it; the end does so too."""
+    other = sqlite3.connect(path, isolation_level=None)
     for statement in begin.split(";"):
         cursor = other.execute(statement)
         cursor.fetchone()
-    release = threading.Event()
 
     def let_go():
-        release.wait(seconds)
         cursor.close()
         if other.in_transaction:
             other.execute("ROLLBACK")
-        other.close()
-    thread = threading.Thread(target=let_go)
-    thread.start()
     try:
-        yield
+        yield let_go
     finally:
-        release.set()
-        thread.join()
+        let_go()
+        other.close()
 
 
-# A writer in the middle of its work, one that is just committing, and a reader: each longer than SQLite's own wait.
+@contextlib.contextmanager
+def waited_for(path, refusals, begin):
+    """Another program's lock that is held until the program was refused twice: it must have waited, and tried again."""
+    with held(path, begin) as let_go:
+        refusals.then = lambda: let_go() if refusals.count >= 2 else None
+        yield
+        assert refusals.count == 2
+
+
+# A writer in the middle of its work, one that is just committing, and a reader.
 HOLDERS = ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE", "BEGIN; SELECT count(*) FROM studies"]
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
-def test_another_programs_lock_is_waited_for(path, conn, holder):
+def test_another_programs_lock_is_waited_for(path, conn, refusals, holder):
     put(conn, "E1")
-    with held(path, holder, 0.6):
+    with waited_for(path, refusals, holder):
         put(conn, "E2")
     assert len(stored_uids(path, "E2")) == 2
 
 
-def test_opening_waits_for_another_programs_lock(path, conn):
+def test_opening_waits_for_another_programs_lock(path, conn, refusals):
     put(conn, "E1")
-    with held(path, "BEGIN EXCLUSIVE", 0.6), contextlib.closing(store.open_database(path)) as again:
+    with waited_for(path, refusals, "BEGIN EXCLUSIVE"), contextlib.closing(store.open_database(path)) as again:
         assert store.stored_date(again, "E1") == (True, "20240427")
 
 
-def test_asking_what_is_stored_waits_for_another_programs_lock(path, conn):
+def test_asking_what_is_stored_waits_for_another_programs_lock(path, conn, refusals):
     put(conn, "E1")
-    with held(path, "BEGIN EXCLUSIVE", 0.6):
+    with waited_for(path, refusals, "BEGIN EXCLUSIVE"):
         assert store.stored_date(conn, "E1") == (True, "20240427")
 
 
-def test_a_csv_file_waits_for_another_programs_lock(path, conn, tmp_path):
+def test_a_csv_file_waits_for_another_programs_lock(path, conn, refusals, tmp_path):
     put(conn, "E1")
-    with held(path, "BEGIN EXCLUSIVE", 0.6):
+    with waited_for(path, refusals, "BEGIN EXCLUSIVE"):
         store.write_csv(str(tmp_path / "x.csv"), conn, ["E1"])
     assert len((tmp_path / "x.csv").read_text().splitlines()) == 3
 
