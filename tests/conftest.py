@@ -180,9 +180,12 @@ def home(tmp_path, warm) -> Home:
 def clock(monkeypatch) -> Clock:
     """The time of this process' endpoints, and of the program where it runs in this process: see clock.py."""
     made = Clock()
+
+    def recv(connection, *size):
+        return made.recv(connection, *size)
     monkeypatch.setattr(program, "time", made)
     monkeypatch.setattr(Endpoint, "clock", made)
-    monkeypatch.setattr(socket.socket, "recv", lambda *arguments: made.recv(*arguments))
+    monkeypatch.setattr(socket.socket, "recv", recv)
     return made
 
 
@@ -223,7 +226,7 @@ def refusals(monkeypatch) -> Refusals:
     connect, refusals = sqlite3.connect, Refusals()
 
     def watched(*arguments, factory=sqlite3.Connection, **options):
-        class Watched(factory):
+        class Watched(factory):    # type: ignore[valid-type, misc]
             def execute(self, *arguments):
                 try:
                     return super().execute(*arguments)

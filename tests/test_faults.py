@@ -83,7 +83,7 @@ def errors(ran: Ran) -> list[str]:
     return [line for line in ran.err.splitlines() if " ERROR " in line]
 
 
-# -- every fault at every call -----------------------------------------------------------------------------------------
+# -- every fault at every call ---------------------------------------------------------------------------------------
 
 # A 404 of `content` says that there is no such element, and its bytes may be anything: no fault that could be told
 # from an answer.
@@ -180,7 +180,7 @@ def second_instance(server: StandIn, accession: str) -> str:
     return server.find_id("Instance", SOPInstanceUID=dicom_files.uid(accession, 3, 2))
 
 
-# -- before a real server ----------------------------------------------------------------------------------------------
+# -- before a real server --------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def real(servers):
@@ -207,7 +207,7 @@ def test_faults_before_a_real_server_end_alike(home, here, real, fault):
             assert home.stored() == {accession: whole(accession) for accession in (*MONTH, NAMED)}
 
 
-# -- repeating ---------------------------------------------------------------------------------------------------------
+# -- repeating -------------------------------------------------------------------------------------------------------
 
 TWENTY = [f"E{number}" for number in range(20)]
 TWENTY_FILES = [
@@ -308,7 +308,7 @@ def test_a_repeated_short_retry_after_is_bounded_too(home, here, clock):
     assert 0 < sum(clock.waits) <= program.LONGEST_WAIT
 
 
-# -- no server, no access ----------------------------------------------------------------------------------------------
+# -- no server, no access --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(
     "tokens", [["202404"], ["E1", "E2", "E3"], ["202404", "E1", "E2"], ["202401-202412"]], ids=" ".join
@@ -470,7 +470,7 @@ def test_proxies_in_the_environment_are_not_used(home):
     assert ran.status == 0
 
 
-# -- time-outs ---------------------------------------------------------------------------------------------------------
+# -- time-outs -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fault", sorted(TIMEOUTS))
 def test_an_answer_that_does_not_come_in_time_is_asked_for_once_more(home, here, clock, fault):
@@ -498,7 +498,7 @@ def test_a_server_that_never_answers_in_time_ends_the_run(home, fault):
     assert not home.db.exists()
 
 
-# -- answers that are not what was asked for ---------------------------------------------------------------------------
+# -- answers that are not what was asked for -------------------------------------------------------------------------
 
 
 def rewritten(change):
@@ -737,7 +737,7 @@ def test_an_endless_list_of_studies_ends(home, here):
     assert home.stored() == {}
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------------------------
 
 NASTY = "\x1b[2J\x1b]0;owned\x07\r\nE666\x9b31m\u202eX"
 
@@ -837,7 +837,7 @@ def test_no_patient_is_named_in_any_line(home, here, old, fault):
         assert secret not in ran.err + ran.out
 
 
-# -- what is missing ---------------------------------------------------------------------------------------------------
+# -- what is missing -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
