@@ -2,6 +2,7 @@
 
 The next run completes what is missing.
 """
+import base64
 import datetime
 import email.utils
 import itertools
@@ -405,6 +406,15 @@ def test_denied_access_in_mid_run_leaves_what_is_stored_and_asks_no_more(home, h
     assert 5 <= asked < 5 + jobs    # the other threads had one under way each
 
 
+@GENERATIONS
+def test_credentials_of_the_host_are_sent_with_every_request(home, here, old):
+    path = write_netrc(home)
+    with StandIn(*FILES, old=old) as server:
+        assert here("--netrc", path, "202404", url=server.url).status == 0
+        sent = {request.headers.get("Authorization") for request in server.requests}
+    assert sent == {"Basic " + base64.b64encode(f"someone:{PASSWORD}".encode()).decode()}
+
+
 def test_credentials_of_another_host_are_not_sent(home, here):
     path = write_netrc(home, host="pacs.example.org")
     with StandIn(*FILES) as server:
@@ -616,6 +626,17 @@ def test_a_list_of_series_of_another_shape_fails_its_study_on_older_servers(home
     assert home.stored() == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
 
 
+@pytest.mark.parametrize("count", [None, "3", 3.5, [3]], ids=repr)
+def test_statistics_of_another_shape_fail_the_date_whose_answer_may_be_cut(home, here, count):
+    with StandIn(*FILES, old=True) as server:
+        server.misbehave = at("statistics", with_value("CountStudies", count))
+        ran = here("202404", url=server.url)
+    assert ran.status == 1
+    (sentence,) = errors(ran)
+    assert "20240401-20240430" in sentence and "number of studies" in sentence
+    assert home.stored() == {}
+
+
 @GENERATIONS
 def test_a_header_that_ends_after_a_whole_line_is_not_taken_for_a_short_one(home, here, old):
     """A complete HTTP answer of an incomplete JSON text: all that is missing would count as absent."""
@@ -720,6 +741,28 @@ def test_a_study_of_which_one_series_is_still_arriving_is_not_stored_unless_forc
         assert home.stored() == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
         assert here("--force", "E2", url=server.url).status == 0
     assert home.stored() == {accession: whole(accession) for accession in (*MONTH, NAMED)}
+
+
+@pytest.mark.parametrize("accession", ["E*7", "E 7+", "EÄ7"])
+@GENERATIONS
+def test_an_accession_that_no_query_can_name_is_stored_whole_too(home, here, old, accession):
+    """Its other study is of another day: what the day found is not all of it."""
+    files = [dicom_files.instance(accession, study=f"{accession} {day}", StudyDate=f"2024041{day}") for day in (1, 2)]
+    with StandIn(*files, dicom_files.instance("E77", StudyDate="20240411"), old=old) as server:
+        assert here("20240411", url=server.url).status == 0
+    assert len(home.series(accession)) == 2
+
+
+def test_a_series_costs_six_requests_more_at_most_also_where_its_instances_come_one_by_one(home, here):
+    """As with LimitFindInstances: 1."""
+    files = [dicom_files.instance("E1", number=number, sar=None) for number in range(1, 9)]
+    with StandIn(*files, dicom_files.instance("E2")) as server:
+        server.misbehave = at("find instance", rewritten(lambda records: records[:1]))
+        assert here("E2", url=server.url).status == 0
+        plain = len(server.requests)
+        server.forget()
+        assert here("E1", url=server.url).status == 0
+        assert plain + 1 < len(server.requests) <= plain + 6
 
 
 def test_an_endless_list_of_studies_ends(home, here):

@@ -8,7 +8,7 @@ import orthanc
 import pytest
 import trustme
 from dicom_files import instance, study, uid
-from endpoint import Answer, Proxy
+from endpoint import Answer, Proxy, at
 from pydicom.uid import ImplicitVRLittleEndian
 from stand_in import StandIn
 from test_fetch import ARCHIVE
@@ -90,6 +90,16 @@ def test_a_limit_of_an_older_server_is_seen_by_asking_for_everything(home, limit
     assert ran.status == doubted and len(home.studies()) == min(count, limit + 1 if limit else count)
 
 
+def test_a_date_with_a_single_study_may_have_been_cut_to_it(home):
+    """Where a server returns no more than one study for anything, one is not known to be all."""
+    def first(answer):
+        return answer._replace(body=json.dumps(json.loads(answer.body)[:1]).encode())
+    with StandIn(*(instance(name, StudyDate="20240410") for name in ("E1", "E2")), old=True) as server:
+        server.misbehave = at("find study", first)
+        ran = home.run("20240410", url=server.url)
+    assert ran.status == 1 and "20240410: may be incomplete" in ran.err
+
+
 # -- the same database -----------------------------------------------------------------------------------------------
 
 # Accessions of the archive: plain ones, split ones, and what must be looked for at other places of a file.
@@ -105,23 +115,12 @@ def test_the_database_does_not_depend_on_the_server_s_settings(servers, home, tm
     for server, folder in ((servers(), "plain"), (servers(**options), "other")):
         if options.get("LimitFindResults") and not server.extended:
             pytest.skip("needs a server with extended find")
-        if (
-            folder == "other"
-            or not server.client.post(
-                "/tools/find", json={"Level": "Study", "Query": {"AccessionNumber": "EVALUES"}}
-            ).json()
-        ):
+        known = {"Level": "Study", "Query": {"AccessionNumber": "EVALUES"}}
+        if folder == "other" or not server.client.post("/tools/find", json=known).json():
             server.upload(*ARCHIVE)
         server.settle()
-        ran = home.run(
-            "--fallback",
-            "--db",
-            tmp_path_factory.mktemp(folder) / "x.db",
-            "--csv",
-            f"{folder}.csv",
-            *EVERY_KIND,
-            url=server.url,
-        )
+        files = ["--db", tmp_path_factory.mktemp(folder) / "x.db", "--csv", f"{folder}.csv"]
+        ran = home.run("--fallback", *files, *EVERY_KIND, url=server.url)
         assert ran.status == 0, ran.err
         dumps.append((home.folder / f"{folder}.csv").read_text())
     assert dumps[0] == dumps[1]

@@ -428,6 +428,17 @@ def test_storing_again_updates_what_has_changed(path, conn):
     }
 
 
+@pytest.mark.parametrize("table, column", [(table, column[0]) for table in TABLES for column in TABLES[table][1:]])
+def test_storing_again_updates_every_column(path, conn, table, column):
+    study, series = study_row(), series_row(1)
+    store.store_study("E1", conn, study, [series])
+    changed = study if table == "studies" else series
+    if column != "accession":    # which is that of the study
+        changed[column] = 7 if isinstance(changed[column], int) else 7.5 if isinstance(changed[column], float) else "7"
+    store.store_study("E1", conn, study, [series])
+    assert everything(path) == {"studies": [tuple(study.values())], "series": [tuple(series.values())]}
+
+
 def test_a_study_of_many_series_is_replaced_whole(path, conn):
     put(conn, "E1", range(3000))
     put(conn, "E1", range(1500, 4000))
