@@ -754,8 +754,9 @@ def test_an_accession_that_no_query_can_name_is_stored_whole_too(home, here, old
 
 
 def test_a_series_costs_six_requests_more_at_most_also_where_its_instances_come_one_by_one(home, here):
-    """As with LimitFindInstances: 1."""
-    files = [dicom_files.instance("E1", number=number, sar=None) for number in range(1, 9)]
+    """As with LimitFindInstances: 1. Of each but the first the time must be asked for, and is none."""
+    files = [dicom_files.instance("E1", number=number, sar=None if number == 1 else "0.5", ta="soon",
+                                  syntax=ImplicitVRLittleEndian) for number in range(1, 9)]
     with StandIn(*files, dicom_files.instance("E2")) as server:
         server.misbehave = at("find instance", rewritten(lambda records: records[:1]))
         assert here("E2", url=server.url).status == 0

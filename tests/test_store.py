@@ -724,6 +724,18 @@ def test_a_database_that_was_cut_off_is_never_made_worse(path, conn, size):
         assert len(stored_uids(path)) == 200, "SQLite found it sound"
 
 
+def test_a_damaged_database_says_where_to_get_another(path, conn):
+    put(conn, "E1", range(200))
+    conn.close()
+    whole = pathlib.Path(path).read_bytes()
+    for damaged in (whole[:4096] + bytes(len(whole) - 4096), whole[:16] + bytes(len(whole) - 16)):
+        pathlib.Path(path).write_bytes(damaged)
+        with pytest.raises(store.RunError, match=f"{path}: .*restore it from a copy, or move it away"), \
+                contextlib.closing(store.open_database(path)) as again:
+            put(again, "E1", range(200))
+        assert pathlib.Path(path).read_bytes() == damaged
+
+
 def test_a_folder_is_no_database(tmp_path):
     with pytest.raises(store.RunError, match=str(tmp_path)):
         store.open_database(str(tmp_path))
