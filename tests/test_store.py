@@ -745,7 +745,7 @@ def test_a_folder_is_no_database(tmp_path):
 def test_a_folder_that_does_not_exist_is_named_and_not_made(tmp_path):
     with pytest.raises(store.RunError) as error:
         store.open_database(str(tmp_path / "no" / "such.db"))
-    assert str(tmp_path / "no") in str(error.value)
+    assert f"there is no folder {tmp_path / 'no'}" in str(error.value)
     assert os.listdir(tmp_path) == []
 
 
