@@ -9,10 +9,9 @@ class Clock:
     """Stands in for the program's module `time`, and for the time-outs of the sockets that it reads from.
 
     It runs as the machine's own does, and is moved on where an endpoint holds its answer back: by the whole time-out
-    of the one read that waits for it (`never`), or by SECONDS for each read that waits for another byte of an
-    answer that drips (`drips`). So an
-    answer that never comes costs no time, and one that comes has all the time that the program gives it.
-    What the program sleeps is noted in `waits` and over at once.
+    of the one read that waits for it (`never`), or by SECONDS for each read that waits for another byte of an answer
+    that drips (`drips`). So an answer that never comes costs no time, and one that comes has all the time that the
+    program gives it. What the program sleeps is noted in `waits` and over at once.
     """
 
     SECONDS = 10.0    # that each read of a dripping answer takes
@@ -37,17 +36,24 @@ class Clock:
 
     def recv(self, connection: socket.socket, *size) -> bytes:
         """What socket.recv does, with time-outs by this clock."""
-        limit, address, asked = connection.gettimeout(), connection.getsockname(), False
-        while limit and not select.select([connection], [], [], 0.01)[0]:
+        limit = connection.gettimeout()
+        if limit:
+            self.wait_for_bytes(connection, limit)
+        return plain_recv(connection, *size)
+
+    def wait_for_bytes(self, connection: socket.socket, limit: float) -> None:
+        """Until the connection can be read, or for that many seconds; then raise what a socket does."""
+        address, end, asked = connection.getsockname(), self.monotonic() + limit, False
+        while not select.select([connection], [], [], 0.01)[0]:
             if address in self.silent:
                 self.silent.discard(address)
                 self.made += limit
-                raise TimeoutError("timed out")
-            if address in self.dripping and not asked:
+            elif address in self.dripping and not asked:
                 asked = True
                 self.made += self.SECONDS
                 self.dripping[address].release()
-        return plain_recv(connection, *size)
+            if self.monotonic() >= end:
+                raise TimeoutError("timed out")
 
     # -- for the far end -------------------------------------------------------------------------------------------
 
