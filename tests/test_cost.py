@@ -152,6 +152,15 @@ EXPLAINED: dict[str, dict] = {
         "syntax": ImplicitVRLittleEndian,
     },
 }
+EXPLAINED |= {
+    f"an enhanced object, class {number}": {
+        "sar": None,
+        "ta": None,
+        "creator": None,
+        "sop_class": f"1.2.840.10008.5.1.4.1.1.4.{number}",
+    }
+    for number in range(1, 5)
+}
 ODD: dict[str, dict] = {**LACKING, **EXPLAINED, "a plain series": {}}
 
 

@@ -7,6 +7,7 @@ import datetime
 import email.utils
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -728,6 +729,20 @@ def test_a_series_that_was_not_sent_is_noticed(home, here):
         ran = here("202404", url=server.url)
     assert ran.status == 0
     assert home.stored() == {accession: whole(accession) for accession in MONTH}
+
+
+@pytest.mark.parametrize("value, stored", [(0.25, 0.25), (0.0, 0.0), (-1.0, None), (math.nan, None), (math.inf, None)])
+@GENERATIONS
+def test_the_sar_of_a_frame_is_a_finite_number_of_0_or_more_or_not_stored(home, here, old, value, stored):
+    """Its bytes are read as they are in the file."""
+    def frames(ds):
+        ds.AcquisitionDuration = 60.0
+        group = dicom_files.functional_group(("IEC_WHOLE_BODY", value))
+        ds.PerFrameFunctionalGroupsSequence = [group]
+    enhanced = {"sop_class": dicom_files.ENHANCED_MR, "sar": None, "ta": None, "creator": None}
+    with StandIn(dicom_files.instance("E1", change=frames, **enhanced), old=old) as server:
+        assert here("--fallback", "E1", url=server.url).status == 0
+    assert [row["sar"] for row in home.series()] == ([] if stored is None else [stored])
 
 
 @pytest.mark.parametrize("place", [0, 2], ids=["first", "last"])
