@@ -767,6 +767,16 @@ def test_a_study_of_which_one_series_is_still_arriving_is_not_stored_unless_forc
     assert home.stored() == {accession: whole(accession) for accession in (*MONTH, NAMED)}
 
 
+@GENERATIONS
+def test_a_series_that_is_on_the_server_twice_is_stored_from_the_earlier_study_and_warned_of(home, here, old):
+    files = [dicom_files.instance("E1", study=date, StudyDate=date, sar=sar, SeriesInstanceUID="1.2.3")
+             for date, sar in (("20240402", "0.75"), ("20240401", "0.25"))]
+    with StandIn(*files, old=old) as server:
+        ran = here("E1", url=server.url)
+    assert ran.status == 0 and "WARNING E1: series 1 (1.2.3) is on the server twice" in ran.err
+    assert [row["sar"] for row in home.series()] == [0.25]
+
+
 @pytest.mark.parametrize("accession", ["E*7", "E 7+", "EÄ7"])
 @GENERATIONS
 def test_an_accession_that_no_query_can_name_is_stored_whole_too(home, here, old, accession):
@@ -777,11 +787,12 @@ def test_an_accession_that_no_query_can_name_is_stored_whole_too(home, here, old
     assert len(home.series(accession)) == 2
 
 
-def test_a_series_costs_six_requests_more_at_most_also_where_its_instances_come_one_by_one(home, here):
+@GENERATIONS
+def test_a_series_costs_six_requests_more_at_most_also_where_its_instances_come_one_by_one(home, here, old):
     """As with LimitFindInstances: 1. Of each but the first the time must be asked for, and is none."""
     files = [dicom_files.instance("E1", number=number, sar=None if number == 1 else "0.5", ta="soon",
                                   syntax=ImplicitVRLittleEndian) for number in range(1, 9)]
-    with StandIn(*files, dicom_files.instance("E2")) as server:
+    with StandIn(*files, dicom_files.instance("E2"), old=old) as server:
         server.misbehave = at("find instance", rewritten(lambda records: records[:1]))
         assert here("E2", url=server.url).status == 0
         plain = len(server.requests)
