@@ -3,15 +3,21 @@
 `Proxy` stands before a real Orthanc; the stand-in answers by itself. Both share the faults, so that what is shown with
 one holds for the other.
 """
+from __future__ import annotations
+
+import contextlib
 import http.client
 import http.server
+import itertools
 import json
+import select
 import socket
 import struct
 import threading
 import time
 import urllib.parse
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Request(NamedTuple):
@@ -30,7 +36,7 @@ class Request(NamedTuple):
         parts = urllib.parse.urlsplit(self.path).path.strip("/").split("/")
         if parts[:2] == ["tools", "find"]:
             return "find " + self.json["Level"].lower()
-        return {1: parts[0], 2: parts[0], 3: parts[2] if len(parts) > 2 else ""}.get(len(parts), parts[2] if len(parts) > 2 else "")
+        return parts[2] if len(parts) > 2 else parts[0]
 
 
 class Answer(NamedTuple):
@@ -80,28 +86,28 @@ def cut(handler, answer):
 
 @fault
 def hang(handler, answer):
-    """No answer, until the server is stopped."""
-    handler.endpoint.stopping.wait(30)
+    """No answer, however long the client waits."""
+    if handler.endpoint.clock:
+        handler.endpoint.clock.never(handler.client_address)
+    handler.endpoint.stopping.wait()
     handler.drop()
 
 
 def drip(handler, data: bytes):
-    """A byte every 50 ms, then nothing more."""
-    try:
-        for byte in data.ljust(2000):
+    """One byte after the other, without end: every 50 ms, or with the test's own clock whenever the client reads."""
+    with contextlib.suppress(OSError):
+        for byte in itertools.chain(data, itertools.repeat(ord(" "))):
             handler.wfile.write(bytes([byte]))
             handler.wfile.flush()
-            if handler.endpoint.stopping.wait(0.05):
+            if not handler.wants_more():
                 break
-    except OSError:
-        pass
     handler.drop()
 
 
 @fault
 def slow(handler, answer):
     """An answer whose body drips."""
-    handler.head(answer._replace(body=answer.body.ljust(2000)))
+    handler.head(answer._replace(body=bytes(1 << 20)))
     drip(handler, answer.body)
 
 
@@ -146,7 +152,30 @@ def no_http(handler, answer):
     handler.drop()
 
 
+def at(kind: str, fault) -> Callable[[int, Request], Any]:
+    """What `misbehave` may be: this fault at every request of a kind."""
+    return lambda count, request: fault if request.kind == kind else None
+
+
+def answered_after(event: threading.Event) -> Callable[[Answer], Answer]:
+    """The proper answer, once the test lets it go; the bound only ends a test that would hang."""
+    def wait(answer: Answer) -> Answer:
+        event.wait(120)
+        return answer
+    return wait
+
+
+class Listener(http.server.ThreadingHTTPServer):
+    endpoint: Endpoint
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, request, client_address):
+        pass    # a client that went away
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
+    server: Listener
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1
@@ -158,7 +187,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def serve(self):
+    def serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         path = self.path.removeprefix(self.endpoint.prefix)
         request = Request(self.command, path, body, dict(self.headers))
@@ -167,15 +196,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(self.endpoint.delay)
         kind = self.endpoint.misbehave(count, request) if self.endpoint.misbehave else None
         if kind in ("reset", "close", "hang"):
-            return FAULTS[kind](self, None)
+            FAULTS[kind](self, None)
+            return
         answer = self.endpoint.answer(request)
-        if callable(kind):
-            return self.send(kind(answer))
-        if kind:
-            return FAULTS[kind](self, answer)
-        self.send(answer)
+        if isinstance(kind, str):
+            FAULTS[kind](self, answer)
+        else:
+            self.send(kind(answer) if kind else answer)
 
     do_GET = do_POST = do_DELETE = serve
+
+    def gone(self) -> bool:
+        """Whether the client has left, or the server is to end."""
+        return self.endpoint.stopping.is_set() or bool(select.select([self.connection], [], [], 0)[0])
+
+    def wants_more(self) -> bool:
+        """Wait until it is time for another byte; whether there is anybody to read it."""
+        if self.endpoint.clock:
+            return self.endpoint.clock.drips(self.client_address, self.gone)
+        return not self.endpoint.stopping.wait(0.05)
 
     def head(self, answer: Answer):
         self.send_response(answer.status)
@@ -195,44 +234,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def drop(self):
         self.close_connection = True
-        try:
+        with contextlib.suppress(OSError):
             self.wfile.flush()
-        except OSError:
-            pass
-        try:
+        with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self.connection.close()
 
     def finish(self):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             super().finish()
-        except (OSError, ValueError):
-            pass
-
-
-class Listener(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def handle_error(self, request, client_address):
-        pass    # a client that went away
 
 
 class Endpoint:
     """A server on a free loopback port, as a context manager. Subclasses say what is answered.
 
     requests: what came, in order; sent: bytes of bodies; delay: seconds before each answer;
-    misbehave(count, request): the name of a fault, a function of the answer, or None.
+    misbehave(count, request): the name of a fault, a function of the answer, or None; clock: see clock.py.
     """
+
+    clock: Any = None
 
     def __init__(self, prefix: str = "", tls=None, port: int = 0):
         self.prefix, self.tls, self.port = prefix, tls, port
         self.requests: list[Request] = []
         self.sent = 0
         self.delay = 0.0
-        self.misbehave = None
+        self.misbehave: Callable[[int, Request], Any] | None = None
         self.lock = threading.Lock()
         self.stopping = threading.Event()
 
@@ -274,21 +301,30 @@ class Proxy(Endpoint):
 
     def __init__(self, target: str, **options):
         super().__init__(**options)
-        self.target = urllib.parse.urlsplit(target)
+        url = urllib.parse.urlsplit(target)
+        self.host, self.target_port = url.hostname or "", url.port
         self.local = threading.local()
 
+    def connection(self) -> http.client.HTTPConnection:
+        """This thread's connection to the real server."""
+        if getattr(self.local, "connection", None) is None:
+            self.local.connection = http.client.HTTPConnection(self.host, self.target_port, timeout=60)
+        return self.local.connection
+
     def answer(self, request: Request) -> Answer:
-        headers = {name: value for name, value in request.headers.items() if name.lower() in ("authorization", "content-type", "accept-encoding")}
-        for attempt in range(3):
-            connection = getattr(self.local, "connection", None) or http.client.HTTPConnection(self.target.hostname, self.target.port, timeout=60)
-            self.local.connection = connection
+        passed = ("authorization", "content-type", "accept-encoding")
+        returned = ("content-encoding", "www-authenticate")
+        headers = {name: value for name, value in request.headers.items() if name.lower() in passed}
+        for _ in range(3):    # the real server may just have closed an idle connection
+            connection = self.connection()
             try:
                 connection.request(request.method, request.path, request.body or None, headers)
                 response = connection.getresponse()
                 body = response.read()
-                kept = tuple((name, value) for name, value in response.getheaders() if name.lower() in ("content-encoding", "www-authenticate"))
-                return Answer(response.status, body, response.getheader("content-type", ""), kept)
             except (OSError, http.client.HTTPException):
                 connection.close()
                 self.local.connection = None
+                continue
+            kept = tuple((name, value) for name, value in response.getheaders() if name.lower() in returned)
+            return Answer(response.status, body, response.getheader("content-type", ""), kept)
         return Answer(502, b"")

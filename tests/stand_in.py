@@ -17,7 +17,8 @@ import struct
 import sys
 import time
 import urllib.parse
-from typing import Any, Iterable, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import httpx
 import pydicom
@@ -28,12 +29,27 @@ from pydicom.tag import Tag
 
 from endpoint import Answer, Endpoint, Request
 
-# What Orthanc keeps in its database, by level (`MainDicomTags` of /system in 1.12.7): those that files of these tests can hold.
-MAIN = {"Patient": {"0010,0010", "0010,0020", "0010,0030", "0010,0040"},
-        "Study": {"0008,0020", "0008,0030", "0008,0050", "0008,1030", "0020,000d", "0020,0010"},
-        "Series": {"0008,0021", "0008,0031", "0008,0060", "0008,0070", "0008,103e", "0018,0010", "0018,0015", "0018,0024", "0018,1030",
-                   "0020,000e", "0020,0011", "0020,0037"},
-        "Instance": {"0008,0018", "0020,0012", "0020,0013", "0020,0032", "0020,0037", "0028,0008"}}
+# What Orthanc keeps in its database, by level (`MainDicomTags` of /system in 1.12.7): those that files of these tests
+# can hold.
+MAIN = {
+    "Patient": {"0010,0010", "0010,0020", "0010,0030", "0010,0040"},
+    "Study": {"0008,0020", "0008,0030", "0008,0050", "0008,1030", "0020,000d", "0020,0010"},
+    "Series": {
+        "0008,0021",
+        "0008,0031",
+        "0008,0060",
+        "0008,0070",
+        "0008,103e",
+        "0018,0010",
+        "0018,0015",
+        "0018,0024",
+        "0018,1030",
+        "0020,000e",
+        "0020,0011",
+        "0020,0037",
+    },
+    "Instance": {"0008,0018", "0020,0012", "0020,0013", "0020,0032", "0020,0037", "0028,0008"},
+}
 LEVELS = list(MAIN)
 PARENT = {"Study": "Patient", "Series": "Study", "Instance": "Series"}
 COUNTED = {"Study": "0020,1206", "Series": "0020,1209"}    # NumberOfStudyRelatedSeries, NumberOfSeriesRelatedInstances
@@ -52,7 +68,7 @@ class BadRequest(Exception):
     """Answered with 400."""
 
 
-# -- from a file to what Orthanc tells of it ---------------------------------------------------------------------------
+# -- from a file to what Orthanc tells of it -------------------------------------------------------------------------
 
 def written(tag) -> str:
     """A tag as Orthanc writes it under `short`."""
@@ -63,13 +79,19 @@ def vr_of(element) -> str:
     """The VR as DCMTK takes it: private ones of UN, or of a file of Implicit VR, are not decoded; standard ones are."""
     if element.VR in (None, "UN"):
         private = element.tag.group % 2
-        return "LO" if private and 0x10 <= element.tag.elem <= 0xff else dictionary_VR(element.tag) if not private and dictionary_has_tag(element.tag) else "UN"
+        return (
+            "LO"
+            if private and 0x10 <= element.tag.elem <= 0xFF
+            else dictionary_VR(element.tag)
+            if not private and dictionary_has_tag(element.tag)
+            else "UN"
+        )
     return element.VR
 
 
 def values_of(ds: pydicom.Dataset, encoding: str) -> dict[str, Any]:
     """{tag: text, None where it is no text, list of items}, in the order of the tags."""
-    header = {}
+    header: dict[str, Any] = {}
     for tag in sorted(ds.keys()):
         element = ds.get_item(tag)
         if tag.element == 0 or tag.group == 2:
@@ -124,21 +146,30 @@ def read_instance(data: bytes) -> Instance:
     ds = pydicom.dcmread(io.BytesIO(data))
     header = values_of(ds, convert_encodings(ds.get("SpecificCharacterSet") or "ISO_IR 6")[0])
     names = [header.get(tag) or "" for tag in ("0010,0020", "0020,000d", "0020,000e", "0008,0018")]
-    return Instance({level: orthanc_id(*names[:count]) for count, level in enumerate(LEVELS, 1)}, header, ds, time.monotonic())
+    return Instance(
+        {level: orthanc_id(*names[:count]) for count, level in enumerate(LEVELS, 1)}, header, ds, time.monotonic()
+    )
 
 
-# -- the server ----------------------------------------------------------------------------------------------------------
+# -- the server ------------------------------------------------------------------------------------------------------
+
 
 class StandIn(Endpoint):
     """A server on a free loopback port, as a context manager. files: what it holds from the start.
 
-    Options have the names of Orthanc's configuration: LimitFindResults, StorageAccessOnFind, StableAge (0: all is stable at once).
+    Options have the names of Orthanc's configuration: LimitFindResults, StorageAccessOnFind, StableAge (0: all is
+    stable at once).
     """
 
     def __init__(self, *files: bytes, old: bool = False, LimitFindResults: int = 0, StorageAccessOnFind: str = "Always",
                  StableAge: float = 0, **options):
         super().__init__(**options)
-        self.old, self.cap, self.blind, self.stable_age = old, LimitFindResults, StorageAccessOnFind == "Never", StableAge
+        self.old, self.cap, self.blind, self.stable_age = (
+            old,
+            LimitFindResults,
+            StorageAccessOnFind == "Never",
+            StableAge,
+        )
         self.version = "1.10.1" if old else "1.12.7"
         self.instances: dict[str, Instance] = {}    # by ID, in the order received
         self.index: dict | None = None              # the same by level and ID, made when it is wanted
@@ -165,8 +196,14 @@ class StandIn(Endpoint):
             with self.lock:
                 self.instances.setdefault(one.id, one)
                 self.index = None
-            told.append({"ID": one.id, "Path": f"/instances/{one.id}", "Status": "AlreadyStored" if known else "Success",
-                         **{f"Parent{level}": one.ids[level] for level in LEVELS[:-1]}})
+            told.append(
+                {
+                    "ID": one.id,
+                    "Path": f"/instances/{one.id}",
+                    "Status": "AlreadyStored" if known else "Success",
+                    **{f"Parent{level}": one.ids[level] for level in LEVELS[:-1]},
+                }
+            )
         return told
 
     def delete(self, level: str, identifier: str):
@@ -188,21 +225,31 @@ class StandIn(Endpoint):
         (one,) = self.find({"Level": level, "Query": query})
         return one
 
-    # -- requests --------------------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------------------------
 
     def answer(self, request: Request) -> Answer:
         url = urllib.parse.urlsplit(request.path)
         parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
         options = urllib.parse.parse_qs(url.query, keep_blank_values=True)
         try:
-            found = {"POST": self.post, "DELETE": self.remove}[request.method](parts, request) if request.method != "GET" else self.get(parts, options)
+            found = (
+                {"POST": self.post, "DELETE": self.remove}[request.method](parts, request)
+                if request.method != "GET"
+                else self.get(parts, options)
+            )
         except NotFound:
             return Answer(404, b"", "text/plain")
         except BadRequest as error:
-            return Answer(400, json.dumps({"HttpStatus": 400, "Message": "Parameter out of range", "Details": str(error)}).encode(), "text/plain")
+            return Answer(
+                400,
+                json.dumps({"HttpStatus": 400, "Message": "Parameter out of range", "Details": str(error)}).encode(),
+                "text/plain",
+            )
         if isinstance(found, bytes):
             return Answer(200, found, "application/octet-stream")
-        return Answer(200, json.dumps(found, indent=3, separators=(",", " : ")).encode(), "application/json; charset=utf-8")
+        return Answer(
+            200, json.dumps(found, indent=3, separators=(",", " : ")).encode(), "application/json; charset=utf-8"
+        )
 
     def post(self, parts: list[str], request: Request) -> Any:
         if parts == ["tools", "find"]:
@@ -220,12 +267,21 @@ class StandIn(Endpoint):
         short = "short" in options
         match parts:
             case ["system"]:
-                capabilities = {} if self.old else {"Capabilities": {"HasExtendedChanges": True, "HasExtendedFind": True}}
+                capabilities = (
+                    {} if self.old else {"Capabilities": {"HasExtendedChanges": True, "HasExtendedFind": True}}
+                )
                 return {"ApiVersion": 16 if self.old else 27, "Name": "", "Version": self.version} | capabilities
             case ["statistics"]:
-                return {f"Count{'Studies' if level == 'Study' else level if level == 'Series' else level + 's'}": len(self.members(level)) for level in LEVELS}
+                return {
+                    f"Count{'Studies' if level == 'Study' else level if level == 'Series' else level + 's'}": len(
+                        self.members(level)
+                    )
+                    for level in LEVELS
+                }
             case ["studies", study, "series"]:
-                found = [identifier for identifier, held in self.members("Series").items() if held[0].ids["Study"] == study]
+                found = [
+                    identifier for identifier, held in self.members("Series").items() if held[0].ids["Study"] == study
+                ]
                 if not found:
                     raise NotFound
                 records = [self.resource("Series", identifier, short) for identifier in found]
@@ -243,7 +299,7 @@ class StandIn(Endpoint):
             raise NotFound
         return self.instances[identifier]
 
-    # -- resources -------------------------------------------------------------------------------------------------------
+    # -- resources ---------------------------------------------------------------------------------------------------
 
     def members(self, level: str) -> dict[str, list[Instance]]:
         """{ID: its instances in the order received}, in the order received."""
@@ -270,18 +326,33 @@ class StandIn(Endpoint):
             raise NotFound
 
         def named(tags: dict) -> dict:
-            return tags if short else {keyword_for_tag(tag.replace(",", "")) or tag: value for tag, value in tags.items()}
-        told = {"ID": identifier, "Type": level, f"Parent{PARENT[level]}": held[0].ids[PARENT[level]], "MainDicomTags": named(self.main(level, held[0]))}
+            return (
+                tags if short else {keyword_for_tag(tag.replace(",", "")) or tag: value for tag, value in tags.items()}
+            )
+
+        told: dict[str, Any] = {
+            "ID": identifier,
+            "Type": level,
+            f"Parent{PARENT[level]}": held[0].ids[PARENT[level]],
+            "MainDicomTags": named(self.main(level, held[0])),
+        }
         if level == "Study":
-            told |= {"PatientMainDicomTags": named(self.main("Patient", held[0])), "Series": list(dict.fromkeys(one.ids["Series"] for one in held))}
+            told |= {
+                "PatientMainDicomTags": named(self.main("Patient", held[0])),
+                "Series": list(dict.fromkeys(one.ids["Series"] for one in held)),
+            }
         if level == "Series":
             instances = [one.id for one in held]
-            told |= {"Instances": instances if self.old else sorted(instances), "Status": "Unknown", "ExpectedNumberOfInstances": None}
+            told |= {
+                "Instances": instances if self.old else sorted(instances),
+                "Status": "Unknown",
+                "ExpectedNumberOfInstances": None,
+            }
         if level != "Instance":
             told["IsStable"] = self.stable(held)
         return told
 
-    # -- tools/find ------------------------------------------------------------------------------------------------------
+    # -- tools/find --------------------------------------------------------------------------------------------------
 
     def find(self, asked: dict) -> list:
         level, query = asked.get("Level"), asked.get("Query")
@@ -307,7 +378,12 @@ class StandIn(Endpoint):
     def page(self, found: list[str], asked: dict) -> list[str]:
         """Since and Limit, and what LimitFindResults makes of them."""
         since, limit = asked.get("Since", 0), asked.get("Limit", 0)
-        if self.cap and not self.old and not (asked.get("Since") == 0 and limit == 0) and not ("Limit" not in asked and "Since" in asked):
+        if (
+            self.cap
+            and not self.old
+            and not (asked.get("Since") == 0 and limit == 0)
+            and not ("Limit" not in asked and "Since" in asked)
+        ):
             limit = min(limit or self.cap, self.cap)
         return found[since:since + limit] if limit else found[since:]
 
@@ -317,7 +393,7 @@ class StandIn(Endpoint):
 
     def requested(self, level: str, identifier: str, held: list[Instance], asked: dict) -> dict:
         """A resource as ResponseContent wants it."""
-        told = {"ID": identifier, "Type": level}
+        told: dict[str, Any] = {"ID": identifier, "Type": level}
         for word in asked["ResponseContent"]:
             if word == "Parent":
                 told[f"Parent{PARENT[level]}"] = held[0].ids[PARENT[level]]
@@ -332,13 +408,13 @@ class StandIn(Endpoint):
 
     def requested_tags(self, level: str, held: list[Instance], tags: list[str]) -> dict:
         above = LEVELS[:LEVELS.index(level) + 1]
-        database = {tag: value for one in above for tag, value in self.main(one, held[0]).items()}
+        database: dict[str, Any] = {tag: value for one in above for tag, value in self.main(one, held[0]).items()}
         kept = {tag for one in above for tag in MAIN[one]}
         if level in COUNTED:
             database[COUNTED[level]] = str(len({one.ids[LEVELS[LEVELS.index(level) + 1]] for one in held}))
         if level == "Instance":
             database[SOP_CLASS] = held[0].header.get(SOP_CLASS)
-        told = {}
+        told: dict[str, Any] = {}
         for tag in tags:
             if not re.fullmatch("[0-9a-f]{4},[0-9a-f]{4}", tag):
                 raise BadRequest("the stand-in wants hexadecimal tags")
@@ -368,12 +444,14 @@ def match(value: str, pattern: str, tag: str) -> bool:
         return not pattern or bool(value) and ((first or "0") <= value <= (last or "9") if dash else value == pattern)
     if vr == "UI":
         return not pattern or value in pattern.split("\\")
-    return not pattern or any(fnmatch.fnmatchcase(value.upper(), one.upper().replace("[", "[[]")) for one in pattern.split("\\"))
+    return not pattern or any(
+        fnmatch.fnmatchcase(value.upper(), one.upper().replace("[", "[[]")) for one in pattern.split("\\")
+    )
 
 
 def content(ds: pydicom.Dataset, path: list[str]) -> bytes | list[str]:
     """One element by tag, item, tag …: its bytes, or the names of what a sequence or an item holds."""
-    for tag, item in zip(path[0::2], [*path[1::2], None]):
+    for tag, item in zip(path[0::2], [*path[1::2], None], strict=False):    # the None is for a path that ends in a tag
         number = Tag(tag.replace("-", ""))
         if number not in ds:
             raise NotFound

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 from conftest import PROGRAM, Home
 from dicom_files import ENHANCED_MR, functional_group, instance, pixels, study
-from endpoint import FAULTS, Proxy, Request
+from endpoint import FAULTS, Proxy, Request, at
+from stand_in import StandIn
 from pydicom.uid import ImplicitVRLittleEndian
 
 import store_study_info
@@ -55,7 +56,9 @@ def purpose(request: Request) -> str:
 
 def accession_of(request: Request) -> str | None:
     """The accession that a query asks for by its name."""
-    return request.json["Query"].get("AccessionNumber") if purpose(request) in ("accession query", "find series") else None
+    return (
+        request.json["Query"].get("AccessionNumber") if purpose(request) in ("accession query", "find series") else None
+    )
 
 
 class Watch(Proxy):
@@ -77,7 +80,7 @@ class Watch(Proxy):
         def counted(*arguments):
             self.connections += 1
             accept(*arguments)
-        self.listener.process_request = counted
+        setattr(self.listener, "process_request", counted)  # noqa: B010 - a method replaced on one object
         return self
 
     def answer(self, request):
@@ -115,7 +118,7 @@ def day(date: str, studies: int, series: int) -> list[bytes]:
 
 
 # Series that lack something, each alone in its study, by what dicom_files.instance makes them of.
-LACKING = {
+LACKING: dict[str, dict] = {
     "no SAR in any image": {"sar": None},
     "an empty SAR in every image": {"sar": ""},
     "no duration in any image": {"ta": None},
@@ -127,14 +130,38 @@ LACKING = {
     "neither, implicit VR": {"sar": None, "ta": None, "syntax": ImplicitVRLittleEndian},
     "no manufacturer": {"sar": None, "Manufacturer": None},
 }
-EXPLAINED = {
+EXPLAINED: dict[str, dict] = {
     "another vendor's creator": {"sar": None, "creator": "GEMS_FUNCTOOL_01", "ta": "-42"},
-    "another vendor's creator in another block": {"sar": None, "ta": None, "creator": "GEMS_FUNCTOOL_01", "block": 0x11},
+    "another vendor's creator in another block": {
+        "sar": None,
+        "ta": None,
+        "creator": "GEMS_FUNCTOOL_01",
+        "block": 0x11,
+    },
     "another manufacturer": {"ta": None, "creator": None, "Manufacturer": "GE MEDICAL SYSTEMS"},
-    "another manufacturer, no SAR either": {"ta": None, "sar": None, "creator": None, "Manufacturer": "Philips Healthcare"},
-    "another manufacturer, implicit VR": {"ta": None, "creator": None, "Manufacturer": "UIH", "syntax": ImplicitVRLittleEndian},
+    "another manufacturer, no SAR either": {
+        "ta": None,
+        "sar": None,
+        "creator": None,
+        "Manufacturer": "Philips Healthcare",
+    },
+    "another manufacturer, implicit VR": {
+        "ta": None,
+        "creator": None,
+        "Manufacturer": "UIH",
+        "syntax": ImplicitVRLittleEndian,
+    },
 }
-ODD = {**LACKING, **EXPLAINED, "a plain series": {}}
+EXPLAINED |= {
+    f"an enhanced object, class {number}": {
+        "sar": None,
+        "ta": None,
+        "creator": None,
+        "sop_class": f"1.2.840.10008.5.1.4.1.1.4.{number}",
+    }
+    for number in range(1, 5)
+}
+ODD: dict[str, dict] = {**LACKING, **EXPLAINED, "a plain series": {}}
 
 
 def odd_accession(name: str) -> str:
@@ -145,24 +172,51 @@ def odd_accession(name: str) -> str:
 def full(servers):
     """A server of this file's own, so that its dates hold nothing else."""
     server = servers(Name="COST")
-    plain = [*day("20310110", 10, 10), *day("20310220", 8, 2), *day("20310331", 1, 1),
-             *(data for index in range(30) for data in study(f"EM{index:02d}", 10, 1, StudyDate=f"203104{1 + index:02d}")),
-             *study("EFEW", 2, 1, StudyDate="20310601"), *study("EMANY", 2, 20, StudyDate="20310602")]
+    plain = [
+        *day("20310110", 10, 10),
+        *day("20310220", 8, 2),
+        *day("20310331", 1, 1),
+        *(data for index in range(30) for data in study(f"EM{index:02d}", 10, 1, StudyDate=f"203104{1 + index:02d}")),
+        *study("EFEW", 2, 1, StudyDate="20310601"),
+        *study("EMANY", 2, 20, StudyDate="20310602"),
+    ]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(server.upload, plain))
     for name, elements in ODD.items():
-        server.upload(*(instance(odd_accession(name), number=number, StudyDate="20310701", change=image, **elements) for number in range(1, FILES + 1)))
+        server.upload(
+            *(
+                instance(odd_accession(name), number=number, StudyDate="20310701", change=image, **elements)
+                for number in range(1, FILES + 1)
+            )
+        )
     for place in PLACES:
-        server.upload(*(instance(f"EONLY{place}", number=number, sar="0.5" if number == place else None, StudyDate="20310702", change=image)
-                        for number in range(1, FILES + 1)))
-    server.upload(instance("EENHANCED", sop_class=ENHANCED_MR, sar=None, ta=None, creator=None, StudyDate="20310703", change=enhanced))
+        server.upload(
+            *(
+                instance(
+                    f"EONLY{place}",
+                    number=number,
+                    sar="0.5" if number == place else None,
+                    StudyDate="20310702",
+                    change=image,
+                )
+                for number in range(1, FILES + 1)
+            )
+        )
+    server.upload(
+        instance(
+            "EENHANCED", sop_class=ENHANCED_MR, sar=None, ta=None, creator=None, StudyDate="20310703", change=enhanced
+        )
+    )
     return server.settle(60)
 
 
 @pytest.fixture
 def extended(full):
     if not full.extended:
-        pytest.skip(f"Orthanc {full.version} has no extended find (1.12.5 and newer): a study costs two requests and one a series there")
+        pytest.skip(
+            f"Orthanc {full.version} has no extended find (1.12.5 and newer): "
+            "a study costs two requests and one a series there"
+        )
     return full
 
 
@@ -233,8 +287,9 @@ def test_a_run_asks_for_the_system_once_and_probes_an_old_server_once(full, watc
 
 def test_a_study_costs_one_more_where_a_server_without_extended_find_knows_requested_tags(extended, watch, home):
     """Orthanc 1.11 to 1.12.4: as if /system named no capabilities."""
-    watch.misbehave = lambda count, request: None if request.kind != "system" else \
-        lambda answer: answer._replace(body=answer.body.replace(b'"HasExtendedFind" : true', b'"HasExtendedFind" : false'))
+    def without(answer):
+        return answer._replace(body=answer.body.replace(b'"HasExtendedFind" : true', b'"HasExtendedFind" : false'))
+    watch.misbehave = at("system", without)
     assert home.run("20310220", url=watch.url).status == 0
     assert watch.cost == {"system": 1, "token query": 1, "statistics": 1, "limit probe": 1, "find series": 8}
 
@@ -251,7 +306,9 @@ def test_a_day_of_ten_studies_of_ten_series_takes_14_requests_at_most_and_3_when
     assert len(watch.requests) <= 3
 
 
-def test_a_month_of_300_series_takes_35_requests_and_half_a_megabyte_at_most_and_4_when_run_again(extended, watch, home):
+def test_a_month_of_300_series_takes_35_requests_and_half_a_megabyte_at_most_and_4_when_run_again(
+    extended, watch, home
+):
     assert home.run("203104", url=watch.url).status == 0
     asked = sum(len(request.body) for request in watch.requests)
     assert len(home.series()) == 300 and len(watch.requests) <= 35 and watch.sent + asked <= 500_000
@@ -288,11 +345,13 @@ class Odd(NamedTuple):
 
 @pytest.fixture(scope="module")
 def odd(full, warm, tmp_path_factory) -> dict[str, Odd]:
-    """What each of the odd studies costs, told apart in one serial run over all: each begins with the list of its series."""
-    home, names = Home(tmp_path_factory.mktemp("odd"), warm), sorted([*map(odd_accession, ODD), *(f"EONLY{place}" for place in PLACES)])
+    """What each of the odd studies costs in one serial run over all: each begins with the list of its series."""
+    home = Home(tmp_path_factory.mktemp("odd"), warm)
+    names = sorted([*map(odd_accession, ODD), *(f"EONLY{place}" for place in PLACES)])
     with Watch(full.url) as watch:
         home.run("--jobs", "1", *names, url=watch.url)
-    begin, parts = "find series" if full.extended else "series list", [[]]
+    begin = "find series" if full.extended else "series list"
+    parts: list[list[Request]] = [[]]
     for request in watch.requests:
         if purpose(request) == begin:
             parts.append([])
@@ -311,7 +370,7 @@ def test_a_series_that_lacks_something_costs_6_more_at_most(odd, name):
 @pytest.mark.parametrize("place", PLACES)
 def test_the_second_look_costs_6_more_at_most_wherever_the_value_is(odd, place):
     more, stored = odd[f"EONLY{place}"]
-    assert 0 < more <= 6 and (stored == 1 or place > 2)
+    assert 0 < more <= 6 and stored == (1 if place <= 6 else 0)
 
 
 @pytest.mark.parametrize("name", EXPLAINED)
@@ -331,15 +390,21 @@ def test_the_sar_of_an_enhanced_object_costs_6_more_at_most_with_fallback(full, 
 # Bytes
 # ------------------------------------------------------------------------------------------------------------------
 
-WHOLE_FILES = re.compile(r"/(file|archive|media|preview|image\w*|rendered|raw|frames|matlab|numpy|pdf|instances-tags|attachments|dicom-\w+)\b|7fe0")
+WHOLE_FILES = re.compile(
+    r"/(file|archive|media|preview|image\w*|rendered|raw|frames|matlab|numpy|pdf|instances-tags|attachments|dicom-\w+)\b|7fe0"
+)
 
 
-@pytest.mark.parametrize("options", [(), ("--fallback",), ("--force",)], ids=lambda options: " ".join(options) or "plain")
+@pytest.mark.parametrize(
+    "options", [(), ("--fallback",), ("--force",)], ids=lambda options: " ".join(options) or "plain"
+)
 def test_pixel_data_is_never_downloaded_whatever_is_missing_or_odd(full, watch, home, options):
     """Each answer is smaller than one image, and none of the calls is one that carries images."""
     home.run(*options, "203107", "20310331", url=watch.url)
     assert len(home.studies()) == len(ODD) + 3 + 1 + 1
-    assert [request.path for request in watch.requests if WHOLE_FILES.search(urllib.parse.urlsplit(request.path).path)] == []
+    assert [
+        request.path for request in watch.requests if WHOLE_FILES.search(urllib.parse.urlsplit(request.path).path)
+    ] == []
     assert watch.sizes and max(watch.sizes) < IMAGE_BYTES
 
 
@@ -360,7 +425,11 @@ def test_one_job_is_strictly_serial(full, watch, home):
     watch.delay = 0.002
     assert home.run("--jobs", "1", "20310220", "EM01", "EM02", "EM03", url=watch.url).status == 0
     assert watch.most == 1
-    order = list(dict.fromkeys(name for request in watch.requests if (name := accession_of(request)) and name.startswith("E2031")))
+    order = list(
+        dict.fromkeys(
+            name for request in watch.requests if (name := accession_of(request)) and name.startswith("E2031")
+        )
+    )
     assert order == [f"E20310220{index:02d}" for index in range(8)]
 
 
@@ -370,7 +439,9 @@ def test_the_walk_inside_a_study_is_serial(full, watch, home):
     assert watch.most == 1
 
 
-@pytest.mark.parametrize("options, together", [((), 4), (("--jobs", "4"), 4), (("--jobs", "2"), 2)], ids=["default", "4", "2"])
+@pytest.mark.parametrize(
+    "options, together", [((), 4), (("--jobs", "4"), 4), (("--jobs", "2"), 2)], ids=["default", "4", "2"]
+)
 def test_so_many_studies_are_fetched_at_the_same_time_and_printed_in_order(full, watch, home, options, together):
     """The first request for each study is answered only when as many as there are jobs have come."""
     barrier = threading.Barrier(together)
@@ -378,7 +449,7 @@ def test_so_many_studies_are_fetched_at_the_same_time_and_printed_in_order(full,
     def wait(request):
         if accession_of(request):
             with contextlib.suppress(threading.BrokenBarrierError):    # where they do not come: go on, and fail below
-                barrier.wait(10)
+                barrier.wait(120)
     watch.before = wait
     ran = home.run(*options, "20310220", url=watch.url)
     assert not barrier.broken and ran.status == 0
@@ -394,7 +465,7 @@ def test_one_slow_study_does_not_hold_up_fetching_the_rest_and_is_still_printed_
 
     def hold(request):
         if accession_of(request) == "E2031022000":
-            held.append(others.wait(10))
+            held.append(others.wait(120))
 
     def count(request):
         if purpose(request) == last:
@@ -407,24 +478,31 @@ def test_one_slow_study_does_not_hold_up_fetching_the_rest_and_is_still_printed_
     assert ran.printed == [f"E20310220{index:02d}" for index in range(8)]
 
 
-def test_no_more_studies_are_fetched_ahead_than_memory_is_meant_for():
-    """While the first result is awaited, work stops at the bound."""
-    bound, begun, filled, beyond = store_study_info.AHEAD, [], threading.Event(), threading.Event()
+def test_no_more_studies_are_fetched_ahead_than_memory_is_meant_for(home, here, monkeypatch):
+    """The first study is answered once all are asked for that may be; half a second more is for a wrong program."""
+    bound = 8
+    monkeypatch.setattr(store_study_info, "AHEAD", bound)
+    names = [f"EA{number:02d}" for number in range(3 * bound)]
+    begun, filled, beyond, early = set(), threading.Event(), threading.Event(), []
 
-    def work(item):
-        begun.append(item)
-        if len(begun) == bound:
+    def hold(answer):
+        filled.wait(120)
+        early.append(beyond.wait(0.5))
+        return answer
+
+    def note(count, request):
+        if request.kind != "find series":
+            return None
+        begun.add(accession_of(request))
+        if len(begun) >= bound - 1:
             filled.set()
         if len(begun) > bound:
             beyond.set()
-        if item == 0:
-            filled.wait(10)
-            beyond.wait(0.2)
-            return beyond.is_set()
-        return item
-    results = store_study_info.in_order(work, list(range(3 * bound)), 4)
-    assert next(results) == (0, False)
-    assert [item for item, _ in results] == list(range(1, 3 * bound))
+        return hold if accession_of(request) == names[0] else None
+    with StandIn(*(instance(name) for name in names)) as server:
+        server.misbehave = note
+        assert here(*names, url=server.url, jobs=4).status == 0
+    assert early == [False] and begun == set(names) == set(home.stored())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -432,10 +510,11 @@ def test_no_more_studies_are_fetched_ahead_than_memory_is_meant_for():
 # ------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("jobs", [1, 4])
-def test_connections_are_reused(full, watch, home, jobs):
-    """As many as there are jobs, with room for one that was idle too long on a busy machine."""
-    assert home.run("--jobs", jobs, "20310110", url=watch.url).status == 0
-    assert watch.connections <= jobs + 2 < len(watch.requests)
+def test_connections_are_reused(full, watch, here, monkeypatch, jobs):
+    """As many as there are jobs, where none is idle for too long."""
+    monkeypatch.setattr(store_study_info, "KEEPALIVE_SECONDS", 600)
+    assert here("20310110", url=watch.url, jobs=jobs).status == 0
+    assert watch.connections <= jobs < len(watch.requests)
 
 
 def answer_and_close(handler, answer):
@@ -454,18 +533,24 @@ def undisturbed(full, warm, tmp_path_factory):
     return Home(tmp_path_factory.mktemp("undisturbed"), warm).run("-v", "20310220", url=full.url)
 
 
-@pytest.mark.parametrize("jobs", [1, 4])
-@pytest.mark.parametrize("how", ["close", "answer and close"])
-def test_a_request_that_meets_a_connection_just_closed_is_repeated_without_a_word(undisturbed, watch, home, how, jobs, monkeypatch):
+@pytest.mark.parametrize("how, jobs, times", [("close", 1, 99), ("close", 4, 99), ("answer and close", 1, 99),
+                                              ("answer and close", 4, 1)])
+def test_a_request_that_meets_a_connection_just_closed_is_repeated_without_a_word(
+        undisturbed, watch, home, monkeypatch, how, jobs, times):
+    """Every second request, once each; not the very first, whose connection has just been opened.
+
+    Of several connections that are closed after an answer one request may meet two, which is no longer passed over.
+    """
     monkeypatch.setitem(FAULTS, "answer and close", answer_and_close)
-    seen = set()
+    seen: set[tuple] = set()
+    lock = threading.Lock()
 
     def close_some(count, request):
-        """Every second request, once each; not the very first, whose connection has just been opened."""
         key = request.path, request.body
-        if count % 2 or key in seen:
-            return None
-        seen.add(key)
+        with lock:
+            if count % 2 or key in seen or len(seen) >= times:
+                return None
+            seen.add(key)
         return how
     watch.misbehave = close_some
     ran = home.run("--jobs", jobs, "-v", "20310220", url=watch.url)
@@ -487,12 +572,28 @@ def imports(home, *arguments, url=None, whole=False) -> tuple[int, set[str]]:
 HEAVY = {"pyorthanc", "pydicom", "httpx", "httpcore", "numpy", "tqdm", "ssl", "asyncio"}
 
 
-@pytest.mark.parametrize("arguments, status", [
-    (["--help"], 0), (["--version"], 0), ([], 2), (["E*"], 2), (["20240230"], 2), (["--jobs", "0", "E1"], 2), (["--timeout", "x", "E1"], 2),
-    (["--nonsense", "E1"], 2), (["--url", "ftp://127.0.0.1", "E1"], 2), (["--url", "http://u:p@127.0.0.1", "E1"], 2),
-    (["--csv", "no/such/folder.csv", "E1"], 2), (["@no-such-file"], 2), (["--netrc", "no-such-file", "E1"], 2), (["-v", "-q", "E1"], 2),
-    (["202413"], 2), (["E1", "--url", "nothing"], 2),
-], ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, status",
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        ([], 2),
+        (["E*"], 2),
+        (["20240230"], 2),
+        (["--jobs", "0", "E1"], 2),
+        (["--timeout", "x", "E1"], 2),
+        (["--nonsense", "E1"], 2),
+        (["--url", "ftp://127.0.0.1", "E1"], 2),
+        (["--url", "http://u:p@127.0.0.1", "E1"], 2),
+        (["--csv", "no/such/folder.csv", "E1"], 2),
+        (["@no-such-file"], 2),
+        (["--netrc", "no-such-file", "E1"], 2),
+        (["-v", "-q", "E1"], 2),
+        (["202413"], 2),
+        (["E1", "--url", "nothing"], 2),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
+)
 def test_help_version_and_usage_errors_import_no_package(home, arguments, status):
     ended, imported = imports(home, *arguments)
     assert ended == status and {"argparse", "sqlite3"} <= imported
@@ -508,23 +609,55 @@ def test_a_run_that_asks_the_server_nothing_imports_no_package(full, home):
 def test_a_run_imports_of_pyorthanc_its_client_alone(full, home):
     """The rest of the package takes longer than a month's requests."""
     ended, imported = imports(home, "EM03", url=full.url, whole=True)
-    unused = {"pyorthanc", "asyncio"} | ({"pydicom"} if full.extended else set())    # old servers name tags by keyword: that needs its dictionary
+    # Old servers name tags by keyword: that needs pydicom's dictionary.
+    unused = {"pyorthanc", "asyncio"} | ({"pydicom"} if full.extended else set())
     assert ended == 0 and "httpx" in imported
     assert imported & unused == set()
 
 
-@pytest.mark.parametrize("modules", [
-    {"__init__.py": "class Orthanc: where = 'package'"},
-    {"__init__.py": "from .elsewhere import Orthanc", "elsewhere.py": "class Orthanc: where = 'package'"},
-    {"__init__.py": "from .client import Orthanc", "client.py": "from .errors import Fault\nclass Orthanc: where = Fault", "errors.py": "Fault = 'package'"},
-    {"__init__.py": "from .core import Orthanc", "core.py": "class Orthanc: where = 'package'", "client.py": ""},
-    {"__init__.py": "from .client import Orthanc", "client.py": "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Orthanc:\n    where: str = 'package'"},
-    {"__init__.py": "from .core import Orthanc", "core.py": "class Orthanc: where = 'package'", "client.py": "1 / 0"},
-], ids=["in the package itself", "in another module", "with the help of another module", "not in its old module", "as a dataclass", "beside a broken module"])
+@pytest.mark.parametrize(
+    "modules",
+    [
+        {"__init__.py": "class Orthanc: where = 'package'"},
+        {"__init__.py": "from .elsewhere import Orthanc", "elsewhere.py": "class Orthanc: where = 'package'"},
+        {
+            "__init__.py": "from .client import Orthanc",
+            "client.py": "from .errors import Fault\nclass Orthanc: where = Fault",
+            "errors.py": "Fault = 'package'",
+        },
+        {"__init__.py": "from .core import Orthanc", "core.py": "class Orthanc: where = 'package'", "client.py": ""},
+        {
+            "__init__.py": "from .client import Orthanc",
+            "client.py": "from __future__ import annotations\nimport dataclasses\n"
+            "@dataclasses.dataclass\nclass Orthanc:\n    where: str = 'package'",
+        },
+        {
+            "__init__.py": "from .core import Orthanc",
+            "core.py": "class Orthanc: where = 'package'",
+            "client.py": "1 / 0",
+        },
+    ],
+    ids=[
+        "in the package itself",
+        "in another module",
+        "with the help of another module",
+        "not in its old module",
+        "as a dataclass",
+        "beside a broken module",
+    ],
+)
 def test_a_release_of_pyorthanc_that_is_laid_out_otherwise_serves_as_well(tmp_path, modules):
     (tmp_path / "pyorthanc").mkdir()
     for name, text in modules.items():
         (tmp_path / "pyorthanc" / name).write_text(text)
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import store_study_info; print(store_study_info.client_class().where)"
-    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(PROGRAM.parent)], capture_output=True, text=True, timeout=60)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]; import store_study_info; print(store_study_info.client_class().where)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(PROGRAM.parent)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (ended.stdout, ended.stderr) == ("package\n", "")

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import pytest
 
 import dicom_files
 import store_study_info as program
 from conftest import PROGRAM, Home
+from endpoint import answered_after, at
 from stand_in import StandIn
 
 KILLS = int(os.environ.get("KILLS", "6"))    # how often a run is killed, with and without --force each
@@ -27,9 +29,10 @@ def files(first: int, last: int, sar: str) -> list[bytes]:
             for day, accession in enumerate(MONTH, 1) for series in range(first, last + 1)]
 
 
-def whole(first: int, last: int, sar: float) -> dict[str, set]:
+def whole(first: int, last: int, sar: str) -> dict[str, set]:
     """What must be stored of the month: (series_uid, sar, duration)."""
-    return {accession: {(dicom_files.uid(accession, series), sar, 60) for series in range(first, last + 1)} for accession in MONTH}
+    return {accession: {(dicom_files.uid(accession, series), float(sar), 60) for series in range(first, last + 1)}
+            for accession in MONTH}
 
 
 BEFORE, AFTER = (1, 3, "0.5"), (2, 5, "0.75")
@@ -44,33 +47,40 @@ def server():
 @pytest.fixture(autouse=True)
 def well_behaved(server):
     server.forget()
-    server.misbehave, server.delay = None, 0
+    server.misbehave = None
     yield
-    server.misbehave, server.delay = None, 0
+    server.misbehave = None
 
 
-def reached(condition) -> None:
-    """Wait until something has happened."""
-    for _ in range(3000):
-        if condition():
+def reached(condition, process: subprocess.Popen | None = None) -> None:
+    """Wait until something has happened, or the process has ended without it; the bound only ends a test that hangs."""
+    for _ in range(12000):
+        if condition() or (process and process.poll() is not None):
             return
         time.sleep(0.01)
     raise AssertionError("it never happened")
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str, str]:
-    """All that a run waits for in these tests is ten minutes away: to end within 30 s is to have been stopped."""
+def ended(process: subprocess.Popen, within: float = 120) -> tuple[int, str, str]:
+    """All that a run waits for in these tests is further away: to end by itself is to have been stopped."""
     try:
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=within)
     finally:
         process.kill()
     assert "Traceback" not in err and "Exception" not in err
     return process.returncode, out, err
 
 
-# -- SIGINT and SIGTERM ------------------------------------------------------------------------------------------------
+def all_whole(found: dict[str, set]) -> bool:
+    """Whether each accession that is stored has all its series, with the values from before."""
+    return all(series == whole(*BEFORE)[accession] for accession, series in found.items())
 
-SIGNALS = pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+
+# -- SIGINT and SIGTERM ----------------------------------------------------------------------------------------------
+
+SIGNALS = pytest.mark.parametrize(
+    "signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
 HANGS = {"the first contact": lambda request: request.kind == "system",
          "planning": lambda request: request.kind == "find study",
          "the first study": lambda request: request.kind == "find series" and b'"E10"' in request.body,
@@ -84,12 +94,13 @@ def test_a_signal_ends_the_run_while_a_request_hangs(home, server, signum, statu
     hanging = threading.Event()
 
     def hang(count, request):
-        if HANGS[during](request):
-            hanging.set()
-            return "hang"
+        if not HANGS[during](request):
+            return None
+        hanging.set()
+        return "hang"
     server.misbehave = hang
     process = home.start("--timeout", "600", "--jobs", jobs, "202404", url=server.url)
-    assert hanging.wait(30)
+    reached(hanging.is_set)
     if during == "a later study":
         reached(lambda: len(home.stored()) == 5)
     process.send_signal(signum)
@@ -99,49 +110,85 @@ def test_a_signal_ends_the_run_while_a_request_hangs(home, server, signum, statu
     found = home.stored()
     assert sorted(found) == (MONTH[:5] if during == "a later study" else [])
     assert out.splitlines() in (sorted(found), sorted(found)[:-1])    # the last one may be stored and not yet printed
-    assert all(series == whole(1, 3, 0.5)[accession] for accession, series in found.items())
+    assert all_whole(found)
+
+
+def start_watched(home, watch: str, *arguments) -> subprocess.Popen:
+    """A real run of the program with something in its way: `watch` is Python, after the import of `program`."""
+    code = "import os, signal, sqlite3, sys\nsys.path.insert(0, sys.argv.pop(1))\nimport store_study_info as program\n"
+    return subprocess.Popen([sys.executable, "-c", code + watch + "program.end_process(program.main())\n",
+                             str(PROGRAM.parent), *map(str, arguments)], cwd=home.folder, env=home.environment(),
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+REFUSED = """
+connect = sqlite3.connect
+
+def watched(*arguments, factory, **options):
+    class Watched(factory):
+        def execute(self, *arguments):
+            try:
+                return super().execute(*arguments)
+            except sqlite3.OperationalError:
+                open("refused", "w").close()
+                raise
+    return connect(*arguments, factory=Watched, **options)
+
+sqlite3.connect = watched
+"""
 
 
 @SIGNALS
 def test_a_signal_ends_the_run_while_it_waits_for_another_writer(home, server, signum, status):
     assert home.run("E10", url=server.url).status == 0
-    server.forget()
     with contextlib.closing(sqlite3.connect(home.db, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        process = home.start("202404", url=server.url)
-        reached(lambda: server.kinds.count("find series") == len(MONTH) - 1)
+        process = start_watched(home, REFUSED, "--url", server.url, "202404")
+        reached((home.folder / "refused").exists, process)
         process.send_signal(signum)
         code, _, err = ended(process)
         other.execute("ROLLBACK")
     assert code == status
     assert "interrupted by" in err.splitlines()[-1]
-    assert home.stored() == {"E10": whole(1, 3, 0.5)["E10"]}
+    assert home.stored() == {"E10": whole(*BEFORE)["E10"]}
 
 
 @SIGNALS
 def test_a_signal_ends_the_run_while_it_waits_to_repeat_a_request(home, server, signum, status):
-    server.misbehave = lambda count, request: (lambda answer: answer._replace(status=503, headers=(("Retry-After", "50"),))) if request.kind == "find study" else None
-    process = home.start("202404", url=server.url)
-    reached(lambda: "find study" in server.kinds)
+    """The wait is of 50 s: a run that went on after it would be seen to ask again, or to end too late."""
+    def later(answer):
+        return answer._replace(status=503, headers=(("Retry-After", "50"),))
+    server.misbehave = at("find study", later)
+    process = home.start("-v", "202404", url=server.url)
+    said = ""
+    while "next try in 50.0 s" not in said:
+        said = process.stderr.readline()
+        assert said, "it ended without waiting"
     process.send_signal(signum)
-    assert ended(process)[0] == status
+    assert ended(process, within=45)[0] == status
+    assert server.kinds.count("find study") == 1
 
 
 @SIGNALS
 def test_a_signal_while_studies_are_stored_leaves_whole_ones_and_the_next_run_completes(home, server, signum, status):
-    server.delay = 0.02
+    """The last study is not answered before the signal came, so that the run cannot have ended by itself."""
+    stopped = threading.Event()
+    server.misbehave = lambda count, request: (
+        answered_after(stopped) if f'"{MONTH[-1]}"'.encode() in request.body else None
+    )
     process = home.start("--jobs", "1", "202404", url=server.url, bufsize=1)
     first = process.stdout.readline().strip()
     process.send_signal(signum)
     code, out, _ = ended(process)
+    stopped.set()
     assert code == status
     found = home.stored()
     assert first == MONTH[0] and set(out.splitlines()) <= set(found)
     assert len(found) < len(MONTH)
-    assert all(series == whole(1, 3, 0.5)[accession] for accession, series in found.items())
-    server.delay = 0
+    assert all_whole(found)
+    server.misbehave = None
     assert home.run("202404", url=server.url).status == 0
-    assert home.stored() == whole(1, 3, 0.5)
+    assert home.stored() == whole(*BEFORE)
 
 
 def test_no_csv_is_written_on_an_interrupt(home, server):
@@ -154,142 +201,177 @@ def test_no_csv_is_written_on_an_interrupt(home, server):
     assert (home.folder / "all.csv").read_text() == "as it was"
 
 
-# -- SIGKILL -------------------------------------------------------------------------------------------------------------
+# -- SIGKILL ---------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def span(server, tmp_path_factory, warm) -> float:
-    """Seconds from a run's first request to its end."""
-    server.misbehave, server.delay = None, 0
-    home = Home(tmp_path_factory.mktemp("span"), warm)
-    process = home.start("202404", url=server.url)
-    server.forget()
-    reached(lambda: server.requests)
-    began = time.monotonic()
-    process.communicate(timeout=60)
-    return time.monotonic() - began
+
+def phase(found: dict[str, set], wanted: dict[str, set], before: dict[str, set]) -> str:
+    """What a kill met. Each study is as it is now, or as it was before (not there, without --force)."""
+    assert found.keys() >= before.keys()
+    assert all(series in (wanted[accession], before.get(accession)) for accession, series in found.items())
+    new = sum(found.get(accession) == series for accession, series in wanted.items())
+    return (
+        "before the first was stored" if not new else "after the last was stored" if new == len(wanted) else "between"
+    )
 
 
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
-@pytest.mark.parametrize("seed", range(KILLS))
-def test_a_killed_run_leaves_no_study_half_stored_and_the_next_run_completes(home, server, span, seed, force):
-    """With --force, each study is as it was or as it is now: the second server lacks a series, has two more and other values."""
-    before, after = whole(1, 3, 0.5), whole(2, 5, 0.75)
+def test_a_killed_run_leaves_no_study_half_stored_and_the_next_run_completes(
+        home, server, tmp_path_factory, warm, record_property, force):
+    """Killed a random while after a random one of its requests; what holds then holds at every moment.
+
+    With --force each study is as it was or as it is now: the second server lacks a series, has two more, other values.
+    """
+    before, wanted = (whole(*BEFORE), whole(*AFTER)) if force else ({}, whole(*BEFORE))
+    arguments, random_of_test = ["--force"] * force + ["202404"], random.Random(force)
+    met: Counter[str] = Counter()
     with StandIn(*files(*AFTER)) as other:
-        source, wanted = (other, after) if force else (server, before)
-        if force:
-            assert home.run("202404", url=server.url).status == 0
-            assert home.stored() == before
-        source.forget()
-        arguments = ["--force"] * force + ["202404"]
-        process = home.start(*arguments, url=source.url)
-        reached(lambda: source.requests or process.poll() is not None)
-        time.sleep(random.Random(seed * 2 + force).uniform(0, span))
-        process.kill()
-        process.communicate()
-        found = home.stored()
-        assert set(found) == set(MONTH) if force else set(found) <= set(MONTH)
-        assert all(series in (wanted[accession], before[accession]) for accession, series in found.items())
-        assert home.run(*arguments, url=source.url).status == 0
-        assert home.stored() == wanted
+        source = other if force else server
+        assert home.run("202404", url=source.url).status == 0
+        requests = len(source.requests)
+        for kill in range(KILLS):
+            home = Home(tmp_path_factory.mktemp("killed"), warm)
+            if force:
+                assert home.run("202404", url=server.url).status == 0
+            source.forget()
+            place, moment = random_of_test.randint(1, requests), random_of_test.uniform(0, 0.1)
+            process = home.start(*arguments, url=source.url)
+            reached(lambda place=place: len(source.requests) >= place, process)
+            time.sleep(moment)
+            process.kill()
+            process.communicate()
+            what = f"kill {kill}, {moment:.3f} s after request {place} of {requests}"
+            try:
+                met[phase(home.stored(), wanted, before)] += 1
+                assert home.run(*arguments, url=source.url).status == 0
+                assert home.stored() == wanted
+            except AssertionError as error:
+                raise AssertionError(what) from error
+    record_property("kills", dict(met))
+    print("kills:", *(f"{count} {when}" for when, count in met.items()))
+    assert met.total() == KILLS
+
+
+DYING = f"""
+upsert = program.upsert
+
+def dying(conn, table, row):
+    upsert(conn, table, row)
+    if table == "series" and row["accession"] == "{MONTH[3]}":
+        conn.execute("PRAGMA cache_spill = 1")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+program.upsert = dying
+"""
 
 
 def test_a_run_killed_between_two_series_of_a_study_leaves_it_out(home, server):
     """The hot journal of a killed writer is rolled back by the next run."""
-    script = ("import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import store_study_info as program\n"
-              "upsert = program.upsert\n"
-              "def dying(conn, table, row):\n"
-              "    upsert(conn, table, row)\n"
-              f"    if table == 'series' and row['accession'] == '{MONTH[3]}':\n"
-              "        conn.execute('PRAGMA cache_spill = 1'); os.kill(os.getpid(), signal.SIGKILL)\n"
-              "program.upsert = dying\n"
-              "sys.exit(program.main())\n")
-    ran = subprocess.run([sys.executable, "-c", script, str(PROGRAM.parent), "--url", server.url, "202404"], cwd=home.folder, env=home.environment(), capture_output=True)
-    assert ran.returncode == -signal.SIGKILL
+    process = start_watched(home, DYING, "--jobs", 1, "--url", server.url, "202404")
+    assert ended(process)[0] == -signal.SIGKILL
     assert sorted(home.stored()) == MONTH[:3]
     assert home.run("202404", url=server.url).status == 0
-    assert home.stored() == whole(1, 3, 0.5)
+    assert home.stored() == whole(*BEFORE)
 
 
-# -- standard streams ------------------------------------------------------------------------------------------------------
+# -- standard streams ------------------------------------------------------------------------------------------------
+
 
 def test_a_reader_that_goes_away_ends_the_run_quietly(home, server):
-    server.delay = 0.02
+    """The second study is answered once the reader of the first has gone."""
+    gone = threading.Event()
+    server.misbehave = lambda count, request: answered_after(gone) if f'"{MONTH[1]}"'.encode() in request.body else None
     process = home.start("--jobs", "1", "202404", url=server.url)
-    process.stdout.readline()
+    assert process.stdout.readline() == MONTH[0] + "\n"
     process.stdout.close()
+    gone.set()
     err = process.stderr.read()
     process.stderr.close()
-    assert process.wait(30) not in (70, 120)
+    assert process.wait(120) not in (70, 120)
     assert not any(word in err for word in ("Traceback", "Exception", "BrokenPipe", "Broken pipe"))
-    assert all(series == whole(1, 3, 0.5)[accession] for accession, series in home.stored().items())
-    server.delay = 0
+    assert set(home.stored()) >= set(MONTH[:2]) and all_whole(home.stored())
     assert home.run("202404", url=server.url).status == 0
-    assert home.stored() == whole(1, 3, 0.5)
+    assert home.stored() == whole(*BEFORE)
 
 
 def test_a_full_stdout_ends_the_run_with_a_sentence(home, server):
     with open("/dev/full", "w") as full:
         process = home.start("202404", url=server.url, stdout=full)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in err and "Exception" not in err
     assert len([line for line in err.splitlines() if " ERROR " in line]) == 1 and "standard output" in err
     counts = re.search(r"(\d+) stored, (\d+) already stored, (\d+) failed, (\d+) not reached", err.splitlines()[-1])
-    assert sum(map(int, counts.groups())) == len(MONTH)
-    assert all(series == whole(1, 3, 0.5)[accession] for accession, series in home.stored().items())
+    assert counts and sum(int(count) for count in counts.groups()) == len(MONTH)
+    assert all_whole(home.stored())
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
 def test_closed_streams_stop_nothing(home, server, closed):
-    ran = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *home.command("202404", url=server.url)], cwd=home.folder, env=home.environment(),
-                         capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *home.command("202404", url=server.url)],
+        cwd=home.folder,
+        env=home.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert ran.returncode == 0
     assert "Traceback" not in ran.stderr and "Exception" not in ran.stderr
-    assert home.stored() == whole(1, 3, 0.5)
+    assert home.stored() == whole(*BEFORE)
     if ">&-" not in closed.replace("2>&-", ""):
         assert ran.stdout.splitlines() == MONTH
 
 
 def test_a_closed_standard_input_holds_no_tokens(home):
-    ran = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *home.command("@-", url="http://127.0.0.1:9")], cwd=home.folder, env=home.environment(),
-                         capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *home.command("@-", url="http://127.0.0.1:9")],
+        cwd=home.folder,
+        env=home.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert ran.returncode == 2 and "there is no standard input" in ran.stderr and os.listdir(home.folder) == []
 
 
-# -- several at once -----------------------------------------------------------------------------------------------------
+# -- several at once -------------------------------------------------------------------------------------------------
+
 
 def test_several_runs_on_one_database_at_once_all_succeed(home, server):
-    started = [home.start(*arguments, url=server.url) for arguments in (["202404"], ["--force", "202404"], ["--force", *MONTH], [*MONTH])]
+    started = [
+        home.start(*arguments, url=server.url)
+        for arguments in (["202404"], ["--force", "202404"], ["--force", *MONTH], [*MONTH])
+    ]
     for process in started:
         code, _, err = ended(process)
         assert code == 0, err
-    assert home.stored() == whole(1, 3, 0.5)
+    assert home.stored() == whole(*BEFORE)
 
 
 @pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
 @pytest.mark.parametrize("arguments", [["202404"], ["--force", "E10"], ["--csv", "all.csv", "E10"]], ids=" ".join)
-def test_a_foreign_writer_is_waited_for(home, server, lock, arguments):
+def test_a_foreign_writer_is_waited_for(home, server, here, refusals, lock, arguments):
     """IMMEDIATE is a transaction under way, EXCLUSIVE its end, when nobody may even read."""
     assert home.run("E10", url=server.url).status == 0
     with contextlib.closing(sqlite3.connect(home.db, isolation_level=None, check_same_thread=False)) as other:
         other.execute(f"BEGIN {lock}")
-        timer = threading.Timer(1, lambda: other.execute("COMMIT"))
-        timer.start()
-        ran = home.run(*arguments, url=server.url)
-        timer.join()
+        refusals.then = lambda: other.execute("COMMIT") if refusals.count == 2 else None
+        ran = here(*arguments, url=server.url)
     assert ran.status == 0, ran.err
-    assert home.stored() == (whole(1, 3, 0.5) if arguments == ["202404"] else {"E10": whole(1, 3, 0.5)["E10"]})
+    assert refusals.count == (0 if lock == "IMMEDIATE" and "--csv" in arguments else 2)    # which only reads
+    assert home.stored() == (whole(*BEFORE) if arguments == ["202404"] else {"E10": whole(*BEFORE)["E10"]})
 
 
-def test_a_writer_that_does_not_let_go_is_a_sentence_and_nothing_is_lost(home, server, monkeypatch, capfd):
+def test_a_writer_that_does_not_let_go_is_a_sentence_and_nothing_is_lost(home, server, here, monkeypatch):
     assert home.run("E10", url=server.url).status == 0
-    monkeypatch.chdir(home.folder)
     monkeypatch.setattr(program, "BUSY_SECONDS", 0.4)
     with contextlib.closing(sqlite3.connect(home.db, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        assert program.main(["--url", server.url, "202404"]) == 1
+        ran = here("202404", url=server.url)
         other.execute("ROLLBACK")
-    err = capfd.readouterr().err
-    (sentence,) = [line for line in err.splitlines() if " ERROR " in line]
+    assert ran.status == 1
+    (sentence,) = [line for line in ran.err.splitlines() if " ERROR " in line]
     assert str(home.db) in sentence and "locked" in sentence
-    assert home.stored() == {"E10": whole(1, 3, 0.5)["E10"]}
+    assert home.stored() == {"E10": whole(*BEFORE)["E10"]}

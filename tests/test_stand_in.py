@@ -14,7 +14,6 @@ from conftest import HERE, Home
 from stand_in import RECEIVED, StandIn
 
 
-
 def functional_groups(ds):
     """Nested SAR, as in an enhanced object; numbers of binary VR; a private protocol text."""
     item, timing, group = Dataset(), Dataset(), Dataset()
@@ -45,9 +44,20 @@ FILES = [
     dicom_files.instance("E1", series=3, syntax=ImplicitVRLittleEndian, SequenceName=None),
     dicom_files.instance("E1", series=4, syntax=ExplicitVRBigEndian, change=functional_groups),
     dicom_files.instance("E1", series=5, change=unknown_vr),
-    dicom_files.instance("E1", series=6, sar=None, ta=None, creator=None, EthnicGroup=None, BodyPartExamined=None, SeriesNumber=None),
-    dicom_files.instance("E1", series=7, sar=" 0.25 ", ta="TA: 12.35 ", block=0x11, SeriesDescription="", PatientAge="006W"),
-    dicom_files.instance("E1", study="E1 of the next day", series=1, StudyDate="20240501", SpecificCharacterSet="ISO_IR 100", PatientID="Pé 7"),
+    dicom_files.instance(
+        "E1", series=6, sar=None, ta=None, creator=None, EthnicGroup=None, BodyPartExamined=None, SeriesNumber=None
+    ),
+    dicom_files.instance(
+        "E1", series=7, sar=" 0.25 ", ta="TA: 12.35 ", block=0x11, SeriesDescription="", PatientAge="006W"
+    ),
+    dicom_files.instance(
+        "E1",
+        study="E1 of the next day",
+        series=1,
+        StudyDate="20240501",
+        SpecificCharacterSet="ISO_IR 100",
+        PatientID="Pé 7",
+    ),
     dicom_files.instance("e1", StudyDate="20240428"),
     dicom_files.instance("E2", StudyDate="20240430", Modality="CT"),
     dicom_files.instance("E2-0", StudyDate="20230430"),
@@ -89,7 +99,8 @@ def pair(pairs):
     return pairs()
 
 
-# -- the calls ----------------------------------------------------------------------------------------------------------
+# -- the calls -------------------------------------------------------------------------------------------------------
+
 
 def find(level, query, tags=(), content=("RequestedTags", "Parent", "IsStable"), **more):
     """As Server.find asks."""
@@ -116,8 +127,12 @@ CALLS = {
     "a month": find("Study", {"AccessionNumber": "E*", "StudyDate": "20240401-20240430"}, **STUDY),
     "a day": find("Study", {"AccessionNumber": "E*", "StudyDate": "20240430-20240430"}, **STUDY),
     "a day without studies": find("Study", {"AccessionNumber": "E*", "StudyDate": "20220430-20220430"}, **STUDY),
-    "one more page": find("Study", {"AccessionNumber": "E*", "StudyDate": "20240401-20240501"}, Since=2, Limit=1000, **STUDY),
-    "a page past the end": find("Study", {"AccessionNumber": "E*", "StudyDate": "20240401-20240501"}, Since=99, Limit=1000, **STUDY),
+    "one more page": find(
+        "Study", {"AccessionNumber": "E*", "StudyDate": "20240401-20240501"}, Since=2, Limit=1000, **STUDY
+    ),
+    "a page past the end": find(
+        "Study", {"AccessionNumber": "E*", "StudyDate": "20240401-20240501"}, Since=99, Limit=1000, **STUDY
+    ),
     "an accession": find("Study", {"AccessionNumber": "E1"}, **STUDY),
     "an accession with a hyphen": find("Study", {"AccessionNumber": "E2-0"}, **STUDY),
     "an accession that is not there": find("Study", {"AccessionNumber": "E9"}, **STUDY),
@@ -126,8 +141,20 @@ CALLS = {
     "series of two studies": find("Series", {"StudyInstanceUID": f"{ONE}\\{TWO}"}, TAGS),
     "series of a study that is not there": find("Series", {"StudyInstanceUID": "1.2.3"}, TAGS),
     "instances of a study": find("Instance", {"StudyInstanceUID": f"{ONE}\\{LOW}"}, (), ("Parent",), OrderBy=RECEIVED),
-    "first instances of a series": find("Instance", {"SeriesInstanceUID": dicom_files.uid("E1", 1)}, TAGS, ("RequestedTags", "Parent"), OrderBy=RECEIVED, Limit=2),
-    "one instance": find("Instance", {"SeriesInstanceUID": dicom_files.uid("E1", 1), "SOPInstanceUID": dicom_files.uid("E1", 1, 1)}, (), ("Parent",)),
+    "first instances of a series": find(
+        "Instance",
+        {"SeriesInstanceUID": dicom_files.uid("E1", 1)},
+        TAGS,
+        ("RequestedTags", "Parent"),
+        OrderBy=RECEIVED,
+        Limit=2,
+    ),
+    "one instance": find(
+        "Instance",
+        {"SeriesInstanceUID": dicom_files.uid("E1", 1), "SOPInstanceUID": dicom_files.uid("E1", 1, 1)},
+        (),
+        ("Parent",),
+    ),
 }
 
 
@@ -138,10 +165,22 @@ def hexadecimal(tags: dict) -> dict:
 
 
 def told(answer):
-    """What the program takes from an answer: (status, JSON without what it never reads, records by ID unless an order was asked for)."""
+    """What the program takes from an answer: (status, JSON without what it never reads).
+
+    Records are sorted by ID unless an order was asked for.
+    """
     if answer.status_code != 200:
         return answer.status_code, None
-    unread = ("LastUpdate", "Labels", "Status", "ExpectedNumberOfInstances", "FileSize", "FileUuid", "IndexInSeries", "ParentPatient")
+    unread = (
+        "LastUpdate",
+        "Labels",
+        "Status",
+        "ExpectedNumberOfInstances",
+        "FileSize",
+        "FileUuid",
+        "IndexInSeries",
+        "ParentPatient",
+    )
 
     def plain(record):
         if not isinstance(record, dict):
@@ -158,7 +197,9 @@ def told(answer):
     records = [plain(record) for record in parsed]
     asked = answer.request.content if answer.request.method == "POST" else b""
     keep_order = b"OrderBy" in asked and records and "Instances" not in records[0] and "MainDicomTags" not in records[0]
-    return 200, records if keep_order or not records or isinstance(records[0], str) else sorted(records, key=lambda record: record["ID"])
+    return 200, records if keep_order or not records or isinstance(records[0], str) else sorted(
+        records, key=lambda record: record["ID"]
+    )
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda name: name.replace(" ", "-"))
@@ -212,9 +253,24 @@ def test_the_per_frame_groups_begin_at_the_same_mark(pair):
     assert real.count(b'\n   "5200,9230"') == ours.count(b'\n   "5200,9230"') == 1
 
 
-CONTENTS = ["0051-100a", "0051-110a", "0018-1316", "0018-9073", "0029-1020", "0008-0008", "0008-103e", "0008-1140", "5200-9229", "5200-9230",
-            "5200-9230/0/0018-9112/0/0018-9239", "5200-9230/0/0018-9112/0/0018-9239/1/0018-9179", "5200-9230/0/0018-9112/0/0018-9239/1/0018-9181",
-            "5200-9230/0/0018-9112/0/0018-9239/2/0018-9181", "5200-9230/9/0018-9112", "5200-9230/0/0018-9199"]
+CONTENTS = [
+    "0051-100a",
+    "0051-110a",
+    "0018-1316",
+    "0018-9073",
+    "0029-1020",
+    "0008-0008",
+    "0008-103e",
+    "0008-1140",
+    "5200-9229",
+    "5200-9230",
+    "5200-9230/0/0018-9112/0/0018-9239",
+    "5200-9230/0/0018-9112/0/0018-9239/1/0018-9179",
+    "5200-9230/0/0018-9112/0/0018-9239/1/0018-9181",
+    "5200-9230/0/0018-9112/0/0018-9239/2/0018-9181",
+    "5200-9230/9/0018-9112",
+    "5200-9230/0/0018-9199",
+]
 
 
 @pytest.mark.parametrize("path", CONTENTS)
@@ -224,18 +280,34 @@ def test_raw_content_is_the_same_bytes(pair, path):
         real, ours = pair.both(get(f"/instances/{instance_id(series)(pair.real)}/content/{path}"))
         assert ours.status_code == real.status_code
         if real.status_code == 200:
-            assert "".join(ours.text.split()) == "".join(real.text.split()) if "json" in real.headers["content-type"] else ours.content == real.content
+            assert (
+                "".join(ours.text.split()) == "".join(real.text.split())
+                if "json" in real.headers["content-type"]
+                else ours.content == real.content
+            )
             assert ours.headers["content-type"] == real.headers["content-type"]
 
 
-@pytest.mark.parametrize("path", ["/studies/none/series?expand&short", "/series/none", "/instances/none/tags?short", "/instances/none/content/0051-100a"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/studies/none/series?expand&short",
+        "/series/none",
+        "/instances/none/tags?short",
+        "/instances/none/content/0051-100a",
+    ],
+)
 def test_what_is_not_there_is_a_404(pair, path):
     assert [answer.status_code for answer in pair.both(get(path))] == [404, 404]
 
 
-@pytest.mark.parametrize("body", [{"Level": "Nonsense", "Query": {}}, {"Level": "Study", "Query": {"StudyDate": "202404*"}}])
+@pytest.mark.parametrize(
+    "body", [{"Level": "Nonsense", "Query": {}}, {"Level": "Study", "Query": {"StudyDate": "202404*"}}]
+)
 def test_what_is_not_understood_is_a_400(pair, body):
-    assert [answer.status_code for answer in pair.both(lambda server: server.client.post("/tools/find", json=body))] == [400, 400]
+    assert [
+        answer.status_code for answer in pair.both(lambda server: server.client.post("/tools/find", json=body))
+    ] == [400, 400]
 
 
 def test_an_unknown_word_of_content_is_a_400_where_it_is_read(pair):
@@ -243,14 +315,27 @@ def test_an_unknown_word_of_content_is_a_400_where_it_is_read(pair):
     assert ours.status_code == real.status_code == (400 if pair.extended else 200)
 
 
-PAGES = [{}, {"Limit": 1000}, {"Limit": 0}, {"Since": 0, "Limit": 0}, {"Since": 0}, {"Since": 3}, {"Since": 3, "Limit": 0}, {"Since": 3, "Limit": 1000},
-         {"Since": 0, "Limit": 2}, {"Since": 2, "Limit": 2}, {"Since": 99, "Limit": 1000}]
+PAGES = [
+    {},
+    {"Limit": 1000},
+    {"Limit": 0},
+    {"Since": 0, "Limit": 0},
+    {"Since": 0},
+    {"Since": 3},
+    {"Since": 3, "Limit": 0},
+    {"Since": 3, "Limit": 1000},
+    {"Since": 0, "Limit": 2},
+    {"Since": 2, "Limit": 2},
+    {"Since": 99, "Limit": 1000},
+]
 
 
 @pytest.mark.parametrize("options", [{}, {"LimitFindResults": 3}], ids=["no-limit", "limit-3"])
 @pytest.mark.parametrize("page", PAGES, ids=repr)
 def test_pages_and_limits_are_the_same(pairs, options, page):
-    real, ours = pairs(**options).both(lambda server: server.client.post("/tools/find", json={"Level": "Study", "Query": {}} | page).json())
+    real, ours = pairs(**options).both(
+        lambda server: server.client.post("/tools/find", json={"Level": "Study", "Query": {}} | page).json()
+    )
     assert ours == real
 
 
@@ -260,9 +345,11 @@ def test_what_has_just_come_is_not_stable(pairs):
         assert {record["IsStable"] for record in real} == {record["IsStable"] for record in ours} == {False}
 
 
-# -- the program on both ----------------------------------------------------------------------------------------------
+# -- the program on both ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [{}, {"StorageAccessOnFind": "Never"}, {"LimitFindResults": 3}, {"StableAge": 10000}], ids=repr)
+@pytest.mark.parametrize(
+    "options", [{}, {"StorageAccessOnFind": "Never"}, {"LimitFindResults": 3}, {"StableAge": 10000}], ids=repr
+)
 @pytest.mark.parametrize("arguments", [("202404", "E1", "E2", "E2-0"), ("--fallback", "202404")], ids=" ".join)
 def test_the_program_gives_the_same_database_from_both(pairs, tmp_path, warm, options, arguments):
     ended = []
@@ -288,7 +375,10 @@ def test_every_kind_of_call_that_the_program_makes_is_in_these_tests(home, old):
 def test_it_runs_from_the_command_line(home):
     path = home.folder / "one.dcm"
     path.write_bytes(dicom_files.instance("E5"))
-    process = subprocess.Popen([sys.executable, str(HERE / "stand_in.py"), "--old", str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "stand_in.py"), "--old", str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
     try:
         ran = home.run("E5", url=process.stdout.readline().strip())
     finally:
