@@ -43,8 +43,8 @@ def archive(server):
 # -- usage errors ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, told", [
-    (["202413"], "202413 is no month of the calendar"), (["20240230"], "20240230 is no day of the calendar"),
-    (["20240631"], "no day of the calendar"),
+    (["202413"], "202413 is not a month of the calendar"), (["20240230"], "20240230 is not a day of the calendar"),
+    (["20240631"], "not a day of the calendar"),
     (["E*"], "'E*' is not understood; allowed are an accession number"), (["e123"], "'e123' is not understood"),
     (["abc"], "'abc' is not understood"),
     (["E1?"], "not understood"), (["E1\\E2"], "not understood"), (["E"], "not understood"),
@@ -52,19 +52,19 @@ def archive(server):
     (["20240402-20240401"], "'20240402-20240401' ends before it starts"),
     (["29990101-"], "'29990101-' ends before it starts: today is"),
     (["@nowhere"], "token file @nowhere cannot be read"), (["E1", "202404", "E2*"], "'E2*' is not understood"),
-    ([], "required: TOKEN"), (["--jobs", "0", "E1"], "'0' is no number from 1 to 999"),
-    (["--timeout", "nan", "E1"], "'nan' is no number of seconds"),
+    ([], "required: TOKEN"), (["--jobs", "0", "E1"], "'0' is not a number from 1 to 999"),
+    (["--timeout", "nan", "E1"], "'nan' is not a number of seconds"),
     (["--nonsense", "E1"], "--nonsense"), (["-v", "-q", "E1"], "not allowed with"),
     (["--db", "", "E1"], "--db is empty"),
-    (["--url", "ftp://x", "E1"], "address of --url or ORTHANC_URL is none of an Orthanc server"),
-    (["--url", "micvna:8042", "E1"], "ORTHANC_URL is none of an Orthanc server"),
-    (["--url", "http://h:99999", "E1"], "ORTHANC_URL is no URL"),
-    (["--url", "http://h/?a=b", "E1"], "ORTHANC_URL is none of an Orthanc server"),
+    (["--url", "ftp://x", "E1"], "address of --url or ORTHANC_URL is not the address of an Orthanc server"),
+    (["--url", "micvna:8042", "E1"], "ORTHANC_URL is not the address of an Orthanc server"),
+    (["--url", "http://h:99999", "E1"], "ORTHANC_URL is not a URL"),
+    (["--url", "http://h/?a=b", "E1"], "ORTHANC_URL is not the address of an Orthanc server"),
     (["--netrc", "nowhere", "E1"], "netrc file nowhere cannot be read: No such file"),
     (["--csv", "nofolder/x.csv", "E1"], "--csv 'nofolder/x.csv': its folder does not exist"),
     (["--csv", "study_info.db", "E1"], "is the database itself"),
     (["--csv", "-", "E1"], "--csv needs the name of a file"),
-    (["--csv", "/dev/null", "E1"], "'/dev/null' is no regular file"), (["--fo", "E1"], "--fo")])
+    (["--csv", "/dev/null", "E1"], "'/dev/null' is not a regular file"), (["--fo", "E1"], "--fo")])
 def test_a_usage_error_is_one_line_and_nothing_is_contacted_or_written(home, arguments, told):
     with Proxy("http://127.0.0.1:9") as proxy:
         ran = home.run(*arguments, env={"ORTHANC_URL": proxy.url})
@@ -295,7 +295,7 @@ def full_disk(home, monkeypatch):
 
 
 def test_trouble_with_the_csv_file_does_not_hide_what_ended_the_run(full_disk, monkeypatch, capfd):
-    monkeypatch.setattr(program, "FIRST_WAIT", 0)
+    monkeypatch.setattr(program, "WAITS", (0,))
     assert program.main(["--url", "http://127.0.0.1:9", "--csv", "out.csv", "E1"]) == 1
     first, second = capfd.readouterr().err.splitlines()
     assert "out.csv cannot be written" in first and "cannot be reached" in second
@@ -355,9 +355,9 @@ def foreign_table(path):
 
 
 @pytest.mark.parametrize("make, told", [
-    (lambda path: path.write_text("accession,sar\nE1,0.5\n"), "is no SQLite file and is left as it is"),
-    (lambda path: path.write_bytes(b"x"), "is no SQLite file and is left as it is"),
-    (lambda path: path.mkdir(), "is no SQLite file and is left as it is"),
+    (lambda path: path.write_text("accession,sar\nE1,0.5\n"), "is not an SQLite file and is left as it is"),
+    (lambda path: path.write_bytes(b"x"), "is not an SQLite file and is left as it is"),
+    (lambda path: path.mkdir(), "is not an SQLite file and is left as it is"),
     (foreign_table, "the table studies lacks patient_id, height, weight, sex, ethnic_group, body_part, "
                     "manufacturer_model, study_date, study_description; move the file away")])
 def test_a_database_that_is_none_is_one_sentence_exit_1_and_left_as_it_was(home, make, told):

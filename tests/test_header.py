@@ -19,7 +19,7 @@ from dicom_files import ENHANCED_MR, SIEMENS
 
 property_test = settings(max_examples=200)
 
-read_values = store.measure    # a header -> what of it is stored of a series, or why nothing is
+read_values = store.read_values    # a header -> what of it is stored of a series, or why nothing is
 
 GE = "GEMS_FUNCTOOL_01"
 
@@ -89,7 +89,7 @@ def test_private_blocks_of_other_groups_are_found_too():
     ({}, None),
 ])
 def test_a_time_may_be_hidden_only_where_the_siemens_creator_is_seen(found, expected):
-    assert store.hidden_time(found) == expected
+    assert store.undecoded_time(found) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -187,9 +187,9 @@ def test_any_header_gives_values_or_reasons_and_each_value_keeps_its_column(foun
         assert (value.value is None) == (value.reason in store.REASONS) == bool(value.detail)
         assert value.value is None or value.value >= 0
     assert type(store.may_be_elsewhere(values)) is bool
-    assert values.complete == (values.sar.reason is None and values.duration.reason is None)
+    assert values.missing == [value for value in (values.sar, values.duration) if value.reason is not None]
     check_row("studies", store.extract_study([found, {}], "E1"))
-    if values.complete:
+    if not values.missing:
         check_row("series", store.extract_series(values, "E1") | {"series_uid": "1.2"})    # there is one, seen before
     seconds = store.stated_duration(found)
     assert seconds is None or seconds >= 0
@@ -448,10 +448,10 @@ def test_a_real_implicit_vr_file_hides_its_acquisition_time(name):
     found = read_values(told)
     assert found.sar == (0.421666, None, "")
     assert found.duration.reason == "duration absent"
-    assert store.hidden_time(told) == "0051,100a"
+    assert store.undecoded_time(told) == "0051,100a"
     assert ds[0x0051100A].value == "TA 00.04", "what an independent reader makes of it"
     read = read_values(told | {"0051,100a": "TA 00.04"})
-    assert read.complete and read.duration.value == Decimal("0.04")
+    assert not read.missing and read.duration.value == Decimal("0.04")
 
 
 @pytest.mark.parametrize("name", DWI)
@@ -513,7 +513,7 @@ def test_a_real_enhanced_file_of_another_vendor_is_read_by_fallback_only():
     ds, told = told_of("philips_mprage.dcm.gz")
     found = read_values(told)
     assert (found.sar.reason, found.duration.reason) == ("SAR absent", "duration absent")
-    assert store.hidden_time(told) is None and not store.may_be_elsewhere(found)
+    assert store.undecoded_time(told) is None and not store.may_be_elsewhere(found)
     assert store.whole_body_sar(told["5200,9229"]) == pytest.approx(0.024275561794638634, rel=1e-15)
     seconds = store.stated_duration(told)
     assert seconds and float(seconds) == pytest.approx(333.3904724121094, rel=1e-15)

@@ -23,7 +23,7 @@ COLUMNS = 120       # at most, as the next three
 FUNCTION_LINES = 45
 CLASS_LINES = 230
 MODULE_LINES = 2600
-EXAMPLES = 20       # at least, in the docstrings of parsers and tokens together
+EXAMPLES = 8       # at least, in the docstrings of parsers and tokens together
 MYPY = ["--check-untyped-defs", "--warn-unreachable", "--ignore-missing-imports"]
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

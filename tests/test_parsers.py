@@ -16,7 +16,7 @@ import store_study_info as store
 property_test = settings(max_examples=500)
 
 # As they are called here, whatever they are called there.
-number, non_negative, integer = store.number, store.magnitude, store.whole
+number, non_negative, integer = store.number, store.non_negative, store.integer
 
 NO_TEXT: list = [None, [], [{"0018,9181": "1"}], {}, 12, 1.5, True, b"TA 12.34"]
 

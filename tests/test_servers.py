@@ -285,7 +285,7 @@ def test_a_server_that_is_no_orthanc_is_told_so(home):
             return Answer(200, b'{"hello": "world"}')
     with Other("http://127.0.0.1:9") as other:
         ran = home.run("E1", url=other.url)
-    assert ran.status == 1 and "is no Orthanc server" in ran.err and not home.db.exists()
+    assert ran.status == 1 and "is not an Orthanc server" in ran.err and not home.db.exists()
 
 
 def test_implicit_vr_needs_the_instance_s_id_which_is_that_of_the_server(server, home):
