@@ -170,7 +170,7 @@ class StudyError(StudyInfoError):
     """One accession, or one date, cannot be had or stored; the others go on."""
 
 
-class NoImages(StudyError):
+class NoMrSeries(StudyError):
     """The accession has no MR series: a failure only where it was named."""
 
 
@@ -990,7 +990,7 @@ class Orthanc:
         studies, complete = self.find_studies(query, (*STUDY_TAGS, STUDY_DESCRIPTION, PATIENT_ID, SEX))
         if not complete:
             raise ServerError(f"{self.http.url} cuts its answers: not all studies of the accession can be seen; "
-                              "have the server's limit LimitFindResults lifted")
+                              "ask its administrator to lift the limit LimitFindResults")
         return ([study for study in studies if study.accession == accession],
                 [study.accession for study in studies if study.accession != accession])
 
@@ -1217,9 +1217,9 @@ def whole_body_sar(groups: Any) -> float | None:
 def frame_sar(orthanc: Orthanc, series: Series) -> float | None:
     """The whole-body SAR of the first frame of an enhanced object, W/kg, a few bytes at a time."""
     instance = orthanc.instance_of(series)
+    if instance is None:
+        return None
     for item in itertools.count():    # it is listed first by every vendor seen
-        if instance is None:
-            break
         path = (instance, "5200,9230", "0", "0018,9112", "0", "0018,9239", str(item))
         definition = orthanc.content(*path, "0018,9179")
         if definition is None:
@@ -1307,7 +1307,6 @@ class Options(NamedTuple):
 class Fetched(NamedTuple):
     """One accession, ready to be stored: rows by column, and what is to be said of it."""
 
-    accession: str
     study: dict[str, Any]
     series: list[dict[str, Any]]
     skipped: Counter                # of REASONS
@@ -1326,7 +1325,7 @@ def fetch_accession(orthanc: Orthanc, accession: str, known: list[Study], all_kn
         raise StudyError("is still arriving, not stored; run again later, or store it as it is with --force")
     images = [one for one in series if get_element(one.header, MODALITY) == "MR"]
     if not images:
-        raise NoImages("has no MR series, not stored")
+        raise NoMrSeries("has no MR series, not stored")
     return _process_study(orthanc, accession, studies, with_headers(orthanc, studies, images), options)
 
 
@@ -1422,7 +1421,7 @@ def _process_study(orthanc: Orthanc, accession: str, studies: list[Study], serie
             notes.append((logging.DEBUG, f"{name} has {time_said}"))
     notes.extend((logging.WARNING, warning) for warning in warnings_about(studies, series, options.today))
     study = extract_study(earliest, accession)
-    return Fetched(accession, study, list(rows.values()), skipped, below_one_second, notes)
+    return Fetched(study, list(rows.values()), skipped, below_one_second, notes)
 
 
 def warnings_about(studies: list[Study], series: list[Series], today: str) -> Iterator[str]:
@@ -1741,15 +1740,17 @@ class LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; a stderr that is gone or full is no trouble."""
-        line = printable(self.format(record))
-        try:
-            if self.bar is not None:
-                self.bar.write(line, file=sys.stderr)
-            else:
-                sys.stderr.write(line + "\n")
-                sys.stderr.flush()
-        except (OSError, ValueError):
-            pass    # nobody reads stderr any more: that is no reason to stop storing
+        with contextlib.suppress(OSError, ValueError):    # nobody reads it any more: no reason to stop storing
+            write_line(sys.stderr, self.format(record))
+
+
+def write_line(stream: Any, text: str) -> None:
+    """Write one printable line at once, so that a pipe sees it when it is true; around the bar where there is one."""
+    if LineHandler.bar is not None:
+        LineHandler.bar.write(printable(text), file=stream)
+    else:
+        stream.write(printable(text) + "\n")
+    stream.flush()
 
 
 def set_up_logging(verbose: bool, quiet: bool) -> None:
@@ -1781,14 +1782,9 @@ def progress_bar(total: int, unit: str = "study") -> Iterator[Callable[[], Any]]
 
 
 def print_accession(accession: str) -> None:
-    """One accession on stdout, at once, so that a pipe sees it when it is stored."""
-    line = printable(accession)
+    """One accession on stdout, once it is stored."""
     try:
-        if LineHandler.bar is not None:
-            LineHandler.bar.write(line, file=sys.stdout)
-        else:
-            sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+        write_line(sys.stdout, accession)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # what is left of it is flushed into nothing
         if isinstance(error, BrokenPipeError):
@@ -1860,7 +1856,9 @@ def in_order(work: Callable, items: Iterable, jobs: int) -> Generator[tuple[Any,
             item, future = window.popleft()
             while not wait([future], SIGNAL_CHECK_SECONDS).done:
                 pass    # a signal that arrives just before the main thread blocks is heard only after it
-            yield item, future.result()
+            result = future.result()
+            if result is not None or not ended.is_set():    # else a later one ended the run first: its error comes next
+                yield item, result
     finally:
         ended.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -1913,7 +1911,7 @@ class Tally:
     """What the summary counts."""
 
     def __init__(self):
-        self.stored = self.already_stored = self.failed = self.not_reached = self.without_images = 0    # studies
+        self.stored = self.already_stored = self.failed = self.not_reached = self.without_mr = 0    # studies
         self.series = self.below_one_second = 0
         self.skipped: Counter = Counter()       # series, of REASONS
         self.doubtful_dates = 0
@@ -1927,7 +1925,7 @@ class Tally:
         reasons = ", ".join(f"{reason}: {self.skipped[reason]}" for reason in REASONS if self.skipped[reason])
         text = f"studies: {self.stored} stored, {self.already_stored} already stored, {self.failed} failed"
         text += f", {self.not_reached} not reached" if self.not_reached else ""
-        text += f", {self.without_images} without MR series" if self.without_images else ""
+        text += f", {self.without_mr} without MR series" if self.without_mr else ""
         text += f"; series: {self.series} stored, {self.skipped.total()} skipped" + (f" ({reasons})" if reasons else "")
         text += f", {self.below_one_second} stored with a time below one second" if self.below_one_second else ""
         return text + (f"; dates that may be incomplete: {self.doubtful_dates}" if self.doubtful_dates else "")
@@ -1992,8 +1990,8 @@ def list_dates(run: Run, first: datetime.date, last: datetime.date) -> list[Stud
         return []
     for day in doubtful:
         run.tally.doubtful_dates += 1
-        log.error("%s: may be incomplete, %s cuts its answers; name the missing accessions themselves, or have its "
-                  "limit LimitFindResults lifted", digits_of(day), run.orthanc.http.url)
+        log.error("%s: may be incomplete, %s cuts its answers; name the missing accessions themselves, or ask "
+                  "its administrator to lift the limit LimitFindResults", digits_of(day), run.orthanc.http.url)
     why = "" if studies else " (only accessions that begin with a capital E count)"
     log.info("%s: studies found: %d%s", span, len(studies), why)
     return studies
@@ -2049,8 +2047,8 @@ def finish(run: Run, acquisition: Acquisition, fetched: Fetched | StudyError, co
             raise fetched
         stayed = store_study(accession, conn, fetched.study, fetched.series, run.options.force)
     except StudyError as error:
-        if isinstance(error, NoImages) and not acquisition.named:
-            run.tally.without_images += 1
+        if isinstance(error, NoMrSeries) and not acquisition.named:
+            run.tally.without_mr += 1
             log.info("%s: %s", accession, error)
         else:
             run.failure(accession, error)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from pydicom.uid import ImplicitVRLittleEndian
@@ -331,6 +332,27 @@ def test_a_server_that_is_not_there_ends_the_run_with_one_sentence(home, here, t
     (sentence,) = errors(ran)
     assert "cannot be reached" in sentence and "--url" in sentence
     assert not home.db.exists()
+
+
+class Late(threading.Event):
+    """Told of the end of a run only once the thread that asks first has been held up until then."""
+
+    def is_set(self):
+        if threading.current_thread().name.endswith("_0"):
+            self.wait(120)
+        return super().is_set()
+
+
+def test_what_ends_the_run_is_raised_also_where_an_earlier_thread_was_held_up(monkeypatch):
+    """The item of the thread that was held up was not looked at: it has no result, and is not told of."""
+    def fail(item):
+        raise program.RunError(f"item {item}")
+    monkeypatch.setattr(program, "threading", SimpleNamespace(Event=Late))
+    told = []
+    with pytest.raises(program.RunError, match="item 1"):
+        for item, result in program.in_order(fail, [0, 1], 2):
+            told.append((item, result))
+    assert told == []
 
 
 def test_a_host_that_has_no_address_ends_the_run_with_one_sentence(home, here):
