@@ -107,9 +107,13 @@ PATIENT_TRIES = 9           # where a server that had answered cannot be reached
 TIMEOUT_TRIES = 2           # a read that times out is repeated once
 ANSWER_BYTES = 256 << 20    # no answer that this program asks for comes near it
 AHEAD = 128                 # accessions fetched and not yet stored, at most: what bounds the memory
+TOGETHER = 20               # accessions whose series are asked for by one find, at most
+SERIES_TOGETHER = 200       # series that one such find brings, at most, as far as that is known before
+LOOKED_UP_TOGETHER = 50     # accessions whose studies are asked for by one find
+LONG_ANSWER = 5.0           # seconds (or a tenth of the time-out) after which a find is taken for too large
 MORE = 6                    # requests that a series may cost beyond its header, to find what is missing
 LOOKS = 6                   # of its instances whose header may be read, the first one included
-PROBE = 1000                # studies asked for to see whether an older server cuts its answers
+PAGE = 1000                 # studies on a further page
 
 LONGEST_SCAN = 86400        # seconds; an AcquisitionDuration above a day is in another unit
 
@@ -176,6 +180,8 @@ class NoMrSeries(StudyError):
 
 class ServerError(StudyError):
     """An answer of the server was not what was asked for."""
+
+    status = 0    # of HTTP, where it is what tells
 
 
 class NotFound(ServerError):
@@ -761,7 +767,9 @@ class Http:
                               "redirects are not followed, give the final address as --url")
         if status in (429, 502, 503, 504):
             raise TransientError(text, wait=retry_after(response.headers.get("retry-after")))
-        raise ServerError(text)
+        error = ServerError(text)
+        error.status = status
+        raise error
 
     def _read(self, response, path: str, cut: bytes | None) -> bytes:
         """The body, bounded in bytes."""
@@ -783,6 +791,7 @@ class Study(NamedTuple):
     id: str
     uid: str
     accession: str
+    padded: bool        # whether the server keeps the accession with a leading blank: it is not found by its name
     date: str           # YYYYMMDD, or empty
     stable: bool
     series: int         # how many it has
@@ -869,7 +878,8 @@ def read_study(answer: Header) -> Study:
     if uid is None:    # an empty value in a query matches everything
         raise ServerError("the server sent a study without a StudyInstanceUID")
     tags = {tag: header[tag] for tag in STUDY_LEVEL if tag in header}
-    return Study(required_id(answer, "ID"), uid, get_element(header, ACCESSION) or "",
+    accession = get_element(header, ACCESSION) or ""
+    return Study(required_id(answer, "ID"), uid, accession, not str(header.get(ACCESSION)).startswith(accession),
                  get_element(header, STUDY_DATE) or "", required(answer, "IsStable", bool), count, tags,
                  "RequestedTags" in answer)
 
@@ -891,13 +901,24 @@ def uid_list(studies: Iterable[Study]) -> str:
     return "\\".join(sorted({study.uid for study in studies}))
 
 
+Found = tuple[list[Study], list[str]]    # the studies of an accession; others that the server took for it
+
+
+class Learnt:
+    """What the answers of one server have shown so far."""
+
+    def __init__(self) -> None:
+        self.complete_below: float = 1    # an answer with fewer studies or series than this was not cut
+        self.orders = True                # whether it can sort instances by their reception
+        self.series_together = SERIES_TOGETHER    # how many one find should bring, so that its answer comes soon
+
+
 class Orthanc:
-    """The questions that are asked of one server, from any thread, and what its version can."""
+    """The questions that are asked of one server, from any thread, and what it can: see the table in NOTES.md."""
 
     def __init__(self, http: Http):
         self.http = http
-        self._largest_answer = 0            # records that it was ever seen to return at once
-        self._complete_below: float = 1     # an answer with fewer studies than this was not cut
+        self.learnt = Learnt()
         self._allowed = math.inf            # requests that may still be made
 
     def within(self, requests: int) -> Orthanc:
@@ -914,16 +935,28 @@ class Orthanc:
         return self.http
 
     @functools.cached_property
-    def extended(self) -> bool:
-        """Whether `Since` reaches everything: Capabilities.HasExtendedFind (1.12.5 and newer). One `/system` a run."""
+    def system(self) -> dict[str, Any]:
+        """What the server says of itself: one `/system` a run. Raises RunError where it is not an Orthanc server."""
         try:
             system = self.http.json(dict, "GET", "/system")
         except ServerError as error:
             raise RunError(f"{error}; is --url Orthanc's own address, as in http://host:8042?") from None
         if "Version" not in system:
             raise RunError(f"{self.http.url} is not an Orthanc server: its /system names no Version")
-        capabilities = system.get("Capabilities")
+        return system
+
+    @property
+    def extended(self) -> bool:
+        """Whether `Since` reaches everything: Capabilities.HasExtendedFind (1.12.5 and newer)."""
+        capabilities = self.system.get("Capabilities")
         return isinstance(capabilities, dict) and capabilities.get("HasExtendedFind") is True
+
+    @property
+    def lists_as_received(self) -> bool:
+        """Whether a series lists its instances in the order received: before 1.11, with Orthanc's own index only."""
+        version = re.match(r"(\d+)\.(\d+)", str(self.system["Version"]), re.ASCII)
+        own_index = self.system.get("DatabaseBackendPlugin") is None
+        return own_index and version is not None and (int(version[1]), int(version[2])) < (1, 11)
 
     def find(self, level: str, query: dict, tags: Iterable[str], content: Iterable[str], **more) -> list[Header]:
         """`tools/find`. Both `Since: 0` and `Limit: 0` are needed against a server's LimitFindResults."""
@@ -932,44 +965,61 @@ class Orthanc:
         answers = self._spend().json(list, "POST", "/tools/find", body)
         if not all(isinstance(answer, dict) for answer in answers):
             raise ServerError(f"{self.http.url} answered /tools/find with other things than {level.lower()} records")
-        self._largest_answer = max(self._largest_answer, len(answers))
         return answers
 
     # -- studies -----------------------------------------------------------------------------------------------------
 
     def find_studies(self, query: dict, tags: Iterable[str] = STUDY_TAGS) -> tuple[list[Study], bool]:
         """The studies that match, and whether that is proven to be all of them."""
-        def page(**more):
-            return self.find("Study", query, tags, ("RequestedTags", "IsStable"), **more)
-        extended, answers = self.extended, page()
+        def page(**more) -> dict[str, Header]:
+            answers = self.find("Study", query, tags, ("RequestedTags", "IsStable"), **more)
+            return {required_id(answer, "ID"): answer for answer in answers}
+        extended, records, complete = self.extended, page(), True
         if extended and "StudyDate" in query:
-            while answers and (further := page(Since=len(answers), Limit=PROBE)):
-                if any(answer.get("ID") == answers[0].get("ID") for answer in further):
-                    raise ServerError(f"{self.http.url} answered /tools/find with studies again: it ignores 'Since'")
-                answers += further
+            received = len(records)
+            while records and (further := page(Since=received, Limit=PAGE)):
+                received += len(further)
+                if further.keys() <= records.keys():    # `Since` counts rows that the server drops itself
+                    complete = self._count(query) == len(records)
+                    break
+                records |= further
+        studies = [read_study(answer) for answer in records.values()]
         fewest = 1 if "StudyDate" in query else 2    # no limit cuts to a single study
-        complete = extended or len(answers) < fewest or not self._may_be_cut(len(answers))
-        return [read_study(answer) for answer in answers], complete
+        return studies, complete and (extended or len(studies) < fewest or not self._may_be_cut(studies))
 
-    def _may_be_cut(self, count: int) -> bool:
-        """Whether a server without extended find may have cut its answer of `count` studies (LimitFindResults).
+    def _count(self, query: dict) -> int | None:
+        """How many studies match, as the server counts them (1.12.5 and newer); None where it does not say."""
+        body = {"Level": "Study", "Query": query}
+        try:
+            return self.http.json(dict, "POST", "/tools/count-resources", body).get("Count")
+        except ServerError:
+            return None
 
-        Seen by asking for all studies: fewer than the server counts are as many as it ever returns. The count comes
+    def _may_be_cut(self, studies: list[Study]) -> bool:
+        """Whether a server without extended find may have cut its answer of these studies (LimitFindResults).
+
+        Seen by asking for one more of any: fewer than that and than the server counts are as many as it ever returns.
+        Where series are found by name the same question, asked of them, covers their answers too. The count comes
         first, so that a study that arrives in between does no harm.
         """
-        if count >= self._complete_below:
-            total = self.http.json(dict, "GET", "/statistics").get("CountStudies")
+        if len(studies) >= self.learnt.complete_below:
+            series = any(study.answers_tags for study in studies)
+            level, counted = ("Series", "CountSeries") if series else ("Study", "CountStudies")
+            total = self.http.json(dict, "GET", "/statistics").get(counted)
             if not isinstance(total, int):
-                raise ServerError(f"{self.http.url} answered /statistics without the number of studies")
-            query = {"Level": "Study", "Query": {}, "Limit": max(PROBE, count + 1)}
+                raise ServerError(f"{self.http.url} answered /statistics without the number of studies or series")
+            ahead = min(SERIES_TOGETHER, sum(study.series for study in studies)) if series else 0
+            query = {"Level": level, "Query": {}, "Limit": max(len(studies), ahead) + 1}
             seen = len(self.http.json(list, "POST", "/tools/find", query))
-            self._complete_below = max(self._complete_below, math.inf if seen >= total else seen)
-        return count >= self._complete_below
+            self.learnt.complete_below = max(self.learnt.complete_below, math.inf if seen >= total else seen)
+        return len(studies) >= self.learnt.complete_below
 
     def studies_between(self, first: datetime.date, last: datetime.date) -> tuple[list[Study], list[datetime.date]]:
         """The studies of accessions in E* from first to last, and the days that may be incomplete."""
         low, high = digits_of(first), digits_of(last)
-        studies, complete = self.find_studies({"AccessionNumber": "E*", "StudyDate": f"{low}-{high}"})
+        # E* never returns an accession that is kept with a leading blank; the exact day costs half of a range on 1.10.
+        query = {"AccessionNumber": "*E*", "StudyDate": low if low == high else f"{low}-{high}"}
+        studies, complete = self.find_studies(query)
         studies = [study for study in studies if study.accession.startswith("E") and low <= study.date <= high]
         if complete:
             return studies, []
@@ -979,48 +1029,86 @@ class Orthanc:
         answers = [self.studies_between(day, day) for day in days]
         return [study for found, _ in answers for study in found], [day for _, doubtful in answers for day in doubtful]
 
-    def studies_of(self, accession: str) -> tuple[list[Study], list[str]]:
-        """All studies with exactly this accession, and other accessions that the server took for it (case, wildcards).
+    def studies_of(self, accessions: list[str]) -> dict[str, Found]:
+        """{accession: its studies}, asked for together. Raises ServerError where the answer may have been cut."""
+        studies = self._find_all({"AccessionNumber": "\\".join(accessions)})
+        found = {accession: [study for study in studies if study.accession == accession] for accession in accessions}
+        # Kept with a leading blank it is not found by its name.
+        return {accession: (found[accession], []) if found[accession] else self.studies_like(accession)
+                for accession in accessions}
 
-        What is not plain is asked for with a wildcard: the server's index leaves out control characters and those
-        beyond ASCII.
+    def studies_like(self, accession: str) -> Found:
+        """The studies of an accession, also of one that is padded or not plain, asked for with wildcards.
+
+        The server's index leaves out control characters and those beyond ASCII.
         """
-        pattern = accession if PLAIN.fullmatch(accession) else UNSAFE.sub("*", accession) + "*"
-        query = {"AccessionNumber": pattern}
+        pattern = "*" + (accession if PLAIN.fullmatch(accession) else UNSAFE.sub("*", accession) + "*")
+        studies = self._find_all({"AccessionNumber": pattern})
+        return ([study for study in studies if study.accession == accession],
+                [study.accession for study in studies if study.accession != accession])
+
+    def _find_all(self, query: dict) -> list[Study]:
+        """The studies that match, with what belongs to the study. Raises ServerError where some may be missing."""
         studies, complete = self.find_studies(query, (*STUDY_TAGS, STUDY_DESCRIPTION, PATIENT_ID, SEX))
         if not complete:
             raise ServerError(f"{self.http.url} cuts its answers: not all studies of the accession can be seen; "
                               "ask its administrator to lift the limit LimitFindResults")
-        return ([study for study in studies if study.accession == accession],
-                [study.accession for study in studies if study.accession != accession])
+        return studies
 
     # -- series and instances ----------------------------------------------------------------------------------------
 
-    def series_of(self, accession: str, studies: Iterable[Study], tags: Iterable[str]) -> tuple[list[Series], bool]:
-        """All series that match an accession in one request, and whether some may be missing.
+    def series_of(self, query: dict, tags: Iterable[str]) -> tuple[list[Series], bool]:
+        """All series that match, and whether some may be missing: what came without extended find may be cut.
 
-        Each comes with the header of the first instance received. An accession that is not plain is asked for by its
-        studies' UIDs. Without extended find an answer as large as any before may have been cut.
+        Each comes with the header of one instance: the first received where the index is Orthanc's own, else the one
+        that its database names. How long the answer took decides how much the next ones ask for.
         """
-        largest = self._largest_answer
-        plain = PLAIN.fullmatch(accession)
-        query = {"AccessionNumber": accession} if plain else {"StudyInstanceUID": uid_list(studies)}
+        began = time.monotonic()
         answers = self.find("Series", query, tags, ("RequestedTags", "Parent", "IsStable"))
-        return [read_series(answer) for answer in answers], not self.extended and len(answers) >= largest
+        took, long = time.monotonic() - began, min(LONG_ANSWER, self.http.timeout / 10)
+        if took > long:
+            self.ask_for_fewer(len(answers))
+        elif took < long / 4:
+            self.learnt.series_together = min(SERIES_TOGETHER, 2 * self.learnt.series_together)
+        return [read_series(answer) for answer in answers], len(answers) >= self.uncut_below
+
+    @property
+    def uncut_below(self) -> float:
+        """An answer with fewer studies or series than this is complete."""
+        return math.inf if self.extended else self.learnt.complete_below
+
+    def ask_for_fewer(self, series: int) -> None:
+        """A find for so many series was too large for the server."""
+        self.learnt.series_together = max(1, min(series, self.learnt.series_together) // 2)
 
     def list_series(self, study: Study) -> list[Series]:
-        """The series of a study, of an older server with their instances in the order received; without any limit."""
+        """The series of a study, without any limit, with their instances where no find tells them in a better order."""
         answers = self._spend().json(list, "GET", f"/studies/{study.id}/series?expand&short")
-        series = [read_series(answer) for answer in answers if isinstance(answer, dict)]
-        if self.extended:    # lists instances by ID, not in the order received
-            series = [one._replace(instances=None) for one in series]
-        return [one._replace(header=one.header | {tag: study.tags.get(tag) for tag in STUDY_LEVEL}) for one in series]
+        listed = [read_series(answer) for answer in answers if isinstance(answer, dict)]
+        return [series._replace(instances=None if self.extended else self._as_received(series.instances),
+                                header=series.header | {tag: study.tags.get(tag) for tag in STUDY_LEVEL})
+                for series in listed]
+
+    def _as_received(self, instances: tuple[str, ...] | None) -> tuple[str, ...]:
+        """What a series lists, in the order received, or by ID where the server does not tell it: always the same."""
+        return (instances or ()) if self.lists_as_received else tuple(sorted(instances or ()))
+
+    def find_instances(self, query: dict, tags: Iterable[str], **more) -> list[Header]:
+        """Instances of a server with extended find, in the order received or, where its index cannot tell, by ID."""
+        content = ("RequestedTags", "Parent")
+        if self.learnt.orders:
+            try:
+                return self.find("Instance", query, tags, content, OrderBy=RECEIVED, **more)
+            except ServerError as error:
+                if error.status != 500:    # what plugins for other databases answer
+                    raise
+                self.learnt.orders = False
+        return sorted(self.find("Instance", query, tags, content, **more), key=lambda one: required_id(one, "ID"))
 
     def instances_of(self, studies: Iterable[Study]) -> dict[str, tuple[str, ...]]:
         """{series ID: instance IDs in the order received}, for servers whose own lists are in another order."""
         instances: dict[str, list[str]] = {}
-        query = {"StudyInstanceUID": uid_list(studies)}
-        for answer in self.find("Instance", query, (), ("Parent",), OrderBy=RECEIVED):
+        for answer in self.find_instances({"StudyInstanceUID": uid_list(studies)}, ()):
             instances.setdefault(required_id(answer, "ParentSeries"), []).append(required_id(answer, "ID"))
         return {series: tuple(ids) for series, ids in instances.items()}
 
@@ -1029,8 +1117,7 @@ class Orthanc:
         # By the series' ID, as a SeriesInstanceUID can stand under two patients; page by page: LimitFindInstances cuts.
         wanted, seen = min(LOOKS, integer(series.header.get(INSTANCES_OF_SERIES)) or LOOKS), 0
         while seen < wanted:
-            page = self.find("Instance", {}, tags, ("RequestedTags", "Parent"), ParentSeries=series.id,
-                             OrderBy=RECEIVED, Since=seen, Limit=wanted - seen)
+            page = self.find_instances({}, tags, ParentSeries=series.id, Since=seen, Limit=wanted - seen)
             for answer in page:
                 if answer.get("ParentSeries") == series.id:
                     yield required_id(answer, "ID"), read_header(answer)
@@ -1039,10 +1126,10 @@ class Orthanc:
             seen += len(page)
 
     def instances_in(self, series: Series) -> tuple[str, ...]:
-        """The instances of a series, in the order received where the server tells it."""
-        if series.instances is None:
-            series = read_series(self._spend().json(dict, "GET", f"/series/{series.id}"))
-        return series.instances or ()
+        """The instances of a series, in the order received where the server tells it, else by ID."""
+        if series.instances is not None:
+            return series.instances
+        return self._as_received(read_series(self._spend().json(dict, "GET", f"/series/{series.id}")).instances)
 
     def instance_of(self, series: Series) -> str | None:
         """The Orthanc ID of the instance that a series' header came from.
@@ -1314,49 +1401,108 @@ class Fetched(NamedTuple):
     notes: list[tuple[int, str]]    # (logging level, sentence)
 
 
-def fetch_accession(orthanc: Orthanc, accession: str, known: list[Study], all_known: bool, options: Options) -> Fetched:
-    """Everything of one accession, from however many studies. Raises StudyError where it may not be stored.
+class Wanted(NamedTuple):
+    """An accession to fetch, and what is known of it."""
 
-    known: studies that a token found; all_known: whether it is known that there are no others.
-    """
-    studies, series = all_series(orthanc, accession, known, all_known, options)
+    accession: str
+    studies: list[Study]    # that a token found
+    all_known: bool         # whether it is known that there are no others
+
+    @property
+    def plain(self) -> bool:
+        """Whether it can be asked for by its name."""
+        return PLAIN.fullmatch(self.accession) is not None and not any(study.padded for study in self.studies)
+
+    @property
+    def by_name(self) -> bool:
+        """Whether its series can be asked for by its name, with others in one find."""
+        return self.plain and any(study.answers_tags for study in self.studies)
+
+
+Answer = tuple[list[Series], bool]    # the series of an accession, and whether some may be missing
+
+
+def ask_together(ask: Callable[[list[str]], dict[str, Any]], accessions: list[str]) -> dict[str, Any]:
+    """{accession: answer or StudyError}: by one question or, where that fails, by one for each."""
+    if len(accessions) > 1:
+        with contextlib.suppress(StudyError):
+            return ask(accessions)
+    answers: dict[str, Any] = {}
+    for accession in accessions:
+        try:
+            answers |= ask([accession])
+        except StudyError as error:
+            answers[accession] = error
+    return answers
+
+
+def fetch_together(orthanc: Orthanc, group: list[Wanted], options: Options) -> list[Fetched | StudyError]:
+    """Everything of some accessions, whose series are asked for together; each is fetched or fails for itself."""
+    def ask(accessions: list[str]) -> dict[str, Answer]:
+        """The series of these accessions by one find."""
+        try:
+            series, cut = orthanc.series_of({"AccessionNumber": "\\".join(accessions)}, options.tags)
+        except StudyError:
+            orthanc.ask_for_fewer(sum(study.series for wanted in group for study in wanted.studies))
+            raise
+        names = [get_element(one.header, ACCESSION) for one in series]
+        return {accession: ([one for one, name in zip(series, names, strict=True) if name == accession], cut)
+                for accession in accessions}
+
+    answers = ask_together(ask, [wanted.accession for wanted in group if wanted.by_name])
+    fetched: list[Fetched | StudyError] = []
+    for wanted in group:
+        try:
+            fetched.append(fetch_accession(orthanc, wanted, answers.get(wanted.accession), options))
+        except StudyError as error:
+            fetched.append(error)
+    return fetched
+
+
+def fetch_accession(orthanc: Orthanc, wanted: Wanted, answer: Answer | StudyError | None, options: Options) -> Fetched:
+    """Everything of one accession, from however many studies. Raises StudyError where it may not be stored."""
+    if isinstance(answer, StudyError):
+        raise answer
+    studies, series = all_series(orthanc, wanted, answer, options)
     arriving = not all(study.stable for study in studies) or not all(one.stable for one in series)
     if arriving and not options.force:
         raise StudyError("is still arriving, not stored; run again later, or store it as it is with --force")
     images = [one for one in series if get_element(one.header, MODALITY) == "MR"]
     if not images:
         raise NoMrSeries("has no MR series, not stored")
-    return _process_study(orthanc, accession, studies, with_headers(orthanc, studies, images), options)
+    warnings = list(warnings_about(studies, series, options.today))
+    return _process_study(orthanc, wanted.accession, with_headers(orthanc, studies, images), warnings, options)
 
 
-def all_series(orthanc: Orthanc, accession: str, known: list[Study], all_known: bool,
+def all_series(orthanc: Orthanc, wanted: Wanted, answer: Answer | None,
                options: Options) -> tuple[list[Study], list[Series]]:
-    """All studies and all series of an accession, in order, checked against each study's own count of series."""
-    if not all_known and not (known and known[0].answers_tags and PLAIN.fullmatch(accession)):
-        known, all_known = orthanc.studies_of(accession)[0], True
-    by_tags = any(study.answers_tags for study in known)
-    studies, series = requested_series(orthanc, accession, known, all_known, options) if by_tags else (known, [])
+    """All studies and all series of an accession, in order, checked against each study's own count of series.
+
+    Its other studies are asked for where the series that came show, or may hide, others than the known ones.
+    """
+    studies, all_known = wanted.studies, wanted.all_known
+    if answer is None and not all_known:
+        studies, all_known = every_study(orthanc, wanted), True
+    if answer is None and any(study.answers_tags for study in studies):
+        answer = orthanc.series_of({"StudyInstanceUID": uid_list(studies)}, options.tags)
+    found, cut = answer or ([], False)
+    series = [one for one in found if get_element(one.header, ACCESSION) == wanted.accession]
+    if not all_known and (cut or {one.study for one in series} != {study.id for study in studies}):
+        studies = every_study(orthanc, wanted)
     if is_incomplete(studies, series):
-        if by_tags:
-            studies = orthanc.studies_of(accession)[0]
+        if answer is not None:
+            studies = every_study(orthanc, wanted)
         series = [one for study in studies for one in orthanc.list_series(study)]
     if is_incomplete(studies, series):
         raise StudyError("changed on the server while it was read, not stored; run again")
     return in_study_order(studies, series)
 
 
-def requested_series(orthanc: Orthanc, accession: str, known: list[Study], all_known: bool,
-                     options: Options) -> tuple[list[Study], list[Series]]:
-    """The series of an accession by one request, and its studies.
-
-    The studies are asked for where the series show, or may hide, others than the known ones.
-    """
-    answers, cut = orthanc.series_of(accession, known, options.tags)
-    series = [one for one in answers if get_element(one.header, ACCESSION) == accession]
-    others = {one.study for one in series} != {study.id for study in known}
-    if not all_known and (others or cut):
-        known = orthanc.studies_of(accession)[0]
-    return known, series
+def every_study(orthanc: Orthanc, wanted: Wanted) -> list[Study]:
+    """All studies of an accession as they are now."""
+    accession = wanted.accession
+    found = orthanc.studies_of([accession])[accession] if wanted.plain else orthanc.studies_like(accession)
+    return found[0]
 
 
 def is_incomplete(studies: list[Study], series: list[Series]) -> bool:
@@ -1376,8 +1522,8 @@ def in_study_order(studies: list[Study], series: list[Series]) -> tuple[list[Stu
 def with_headers(orthanc: Orthanc, studies: list[Study], series: list[Series]) -> list[Series]:
     """Each series with the header of its first instance, read from the instance where the server did not look.
 
-    The keys are absent then: older servers, and those with StorageAccessOnFind "Never". Raises StudyError where a
-    series has no instance (any more).
+    Older servers, and those with StorageAccessOnFind "Never". Raises StudyError where a series has no instance (any
+    more).
     """
     if any(lacks_file_tags(one) and one.instances is None for one in series):    # lists by ID, or told by a find
         instances = orthanc.instances_of(studies) if orthanc.extended else \
@@ -1390,11 +1536,14 @@ def with_headers(orthanc: Orthanc, studies: list[Study], series: list[Series]) -
 
 
 def lacks_file_tags(series: Series) -> bool:
-    """Whether the server did not look into the file: the keys of SAR and duration are absent, not null."""
-    return not {SAR, TIME_OF_ACQUISITION} <= series.header.keys()
+    """Whether the server did not look into the file: keys that no index keeps are absent, not null.
+
+    SAR and duration do not tell: a server may keep them (ExtraMainDicomTags) without the creator that they belong to.
+    """
+    return not {f"0051,00{block}" for block in BLOCKS[1:]} <= series.header.keys()
 
 
-def _process_study(orthanc: Orthanc, accession: str, studies: list[Study], series: list[Series],
+def _process_study(orthanc: Orthanc, accession: str, series: list[Series], warnings: list[str],
                    options: Options) -> Fetched:
     """The rows of an accession from its MR series, in order: the study's from the earliest study, and each series'."""
     earliest = [one.header for one in series if one.study == series[0].study]
@@ -1419,7 +1568,7 @@ def _process_study(orthanc: Orthanc, accession: str, studies: list[Study], serie
             below_one_second += 1
             time_said = f"an acquisition time of {values.duration.value} s, which may not be that of the scan"
             notes.append((logging.DEBUG, f"{name} has {time_said}"))
-    notes.extend((logging.WARNING, warning) for warning in warnings_about(studies, series, options.today))
+    notes.extend((logging.WARNING, warning) for warning in warnings)
     study = extract_study(earliest, accession)
     return Fetched(study, list(rows.values()), skipped, below_one_second, notes)
 
@@ -1428,7 +1577,7 @@ def warnings_about(studies: list[Study], series: list[Series], today: str) -> It
     """What a person should look at although everything was stored. Patient IDs are told apart, never shown."""
     patients = {get_element(one.header, PATIENT_ID) for one in series}
     if len(patients) > 1:
-        yield f"its series have {len(patients)} different patient IDs; the study row is of the earliest study"
+        yield f"its studies have {len(patients)} different patient IDs; the study row is of the earliest with MR series"
     if any(study.date == today for study in studies):
         yield "stored on its own study date, more series may still come; --force acquires it again"
 
@@ -1468,7 +1617,7 @@ def second_look(orthanc: Orthanc, series: Series, values: SeriesValues, tags: It
     """The values of the first of the next instances received that has both SAR and duration."""
     if not values.missing or not may_be_elsewhere(values):
         return values
-    by_tags = orthanc.extended and series.instances is None
+    by_tags = orthanc.extended and orthanc.learnt.orders and series.instances is None
     for instance, header in siblings(orthanc, series, tags if by_tags else ()):
         found, tag = read_values(header, instance), undecoded_time(header)
         if found.sar.value is not None and tag:
@@ -1670,6 +1819,22 @@ def store_study(acc: str, conn: Database, study: dict[str, Any], series: list[di
                              "change that column, index or trigger") from None
 
 
+class Outcome(NamedTuple):
+    stayed: int
+    changed: bool
+
+
+def store_studies(conn: Database, studies: list, replace: bool) -> list[Outcome | StudyError]:
+    outcomes: list = []
+    for acc, study, series in studies:
+        try:
+            stayed = store_study(acc, conn, study, series, replace)
+            outcomes.append(Outcome(stayed, True))
+        except StudyError as error:
+            outcomes.append(error)
+    return outcomes
+
+
 def write_rows(acc: str, conn: sqlite3.Connection, study: dict[str, Any], series: list[dict[str, Any]],
                replace: bool) -> int:
     """What `store_study` does inside its transaction, once no other accession has one of these series."""
@@ -1764,14 +1929,14 @@ def set_up_logging(verbose: bool, quiet: bool) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, unit: str = "study") -> Iterator[Callable[[], Any]]:
-    """A bar on stderr if that is a terminal, with lines written around it; what is yielded moves it on by one."""
+def progress_bar(total: int, unit: str = "study") -> Iterator[Callable[..., Any]]:
+    """A bar on stderr if that is a terminal, with lines written around it; what is yielded moves it on, by one or n."""
     try:
         if not total or not sys.stderr.isatty() or log.level == logging.WARNING:
             raise ImportError
         from tqdm import tqdm    # comes with pyorthanc's extra `progress`
     except ImportError:
-        yield lambda: None
+        yield lambda n=1: None
         return
     with tqdm(total=total, unit=unit, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
         LineHandler.bar = bar
@@ -1825,21 +1990,21 @@ def signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def in_order(work: Callable, items: Iterable, jobs: int) -> Generator[tuple[Any, Any], None, None]:
-    """(item, result or StudyError), in the order of the items, `jobs` at a time; any other error is raised.
+def in_order(work: Callable, items: Iterable, jobs: int,
+             size: Callable[[Any], int] = lambda item: 1) -> Generator[list[tuple[Any, Any]], None, None]:
+    """(item, result) in the order of the items, as many at once as are ready; `jobs` at a time. An error is raised.
 
-    At most AHEAD items are done and not yet taken, so that memory is bounded and one slow item holds up no others.
-    After an error that ends the run no further item is begun, and nobody waits for those under way.
+    An item is taken when a thread will soon be free for it. Those done and not yet given out are at most AHEAD by
+    their size, so that memory is bounded and one slow item holds up no others. After an error no further item is
+    begun, and nobody waits for those under way.
     """
-    from concurrent.futures import ThreadPoolExecutor, wait
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
     ended = threading.Event()
 
     def attempt(item: Any) -> Any:
         """In a thread. What comes in the order after an item that ended the run is not looked at."""
         try:
             return None if ended.is_set() else work(item)
-        except StudyError as error:
-            return error
         except BaseException:
             ended.set()
             raise
@@ -1849,16 +2014,22 @@ def in_order(work: Callable, items: Iterable, jobs: int) -> Generator[tuple[Any,
     todo = iter(items)
     try:
         while True:
-            for item in itertools.islice(todo, AHEAD - len(window)):
-                window.append((item, pool.submit(attempt, item)))
+            while len(pending := [future for _, future in window if not future.done()]) < 2 * jobs \
+                    and sum(size(item) for item, _ in window) < AHEAD and not ended.is_set() \
+                    and (more := list(itertools.islice(todo, 1))):
+                window.append((more[0], pool.submit(attempt, more[0])))
             if not window:
                 return
-            item, future = window.popleft()
-            while not wait([future], SIGNAL_CHECK_SECONDS).done:
-                pass    # a signal that arrives just before the main thread blocks is heard only after it
-            result = future.result()
-            if result is not None or not ended.is_set():    # else a later one ended the run first: its error comes next
-                yield item, result
+            if not window[0][1].done():
+                wait(pending, SIGNAL_CHECK_SECONDS, FIRST_COMPLETED)    # a signal just before it is heard after it
+            ready: list[tuple[Any, Any]] = []
+            while window and window[0][1].done() and not (ready and window[0][1].exception()):
+                item, future = window.popleft()
+                result = future.result()
+                if result is not None or not ended.is_set():    # else a later one ended the run: its error comes next
+                    ready.append((item, result))
+            if ready:
+                yield ready
     finally:
         ended.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -1866,9 +2037,7 @@ def in_order(work: Callable, items: Iterable, jobs: int) -> Generator[tuple[Any,
 
 def aside(work: Callable, *arguments: Any) -> Any:
     """The result of work(*arguments), or its exception, done in a thread of its own."""
-    ((_, result),) = in_order(lambda _: work(*arguments), [None], 1)
-    if isinstance(result, StudyError):
-        raise result
+    (((_, result),),) = in_order(lambda _: work(*arguments), [None], 1)
     return result
 
 
@@ -1879,7 +2048,7 @@ def aside(work: Callable, *arguments: Any) -> Any:
 class Acquisition:
     """One accession of this run, and why."""
 
-    __slots__ = ("accession", "stored", "named", "dated", "dates", "studies")
+    __slots__ = ("accession", "stored", "named", "dated", "dates", "studies", "all_known")
 
     def __init__(self, accession: str, stored: str | None):
         self.accession = accession
@@ -1887,6 +2056,7 @@ class Acquisition:
         self.named = self.dated = False         # by its own token, by a date token
         self.dates: set[str] = set()            # study dates that the server has it on, as far as it was asked
         self.studies: dict[str, Study] = {}     # by Orthanc ID, where they are needed
+        self.all_known = False                  # whether it was asked by its name, so that there are no others
 
     @property
     def needed(self) -> bool:
@@ -1894,9 +2064,19 @@ class Acquisition:
         return self.stored is None or self.dated and self.stored not in self.dates
 
     @property
+    def series(self) -> int:
+        """How many series its studies have, as far as they are known."""
+        return sum(study.series for study in self.studies.values())
+
+    @property
     def order(self) -> tuple[str, str]:
         """Key to sort by study date, an unknown one last, then by accession."""
         return min(self.dates, default=self.stored or "99999999"), self.accession
+
+    @property
+    def wanted(self) -> Wanted:
+        """What is to be fetched."""
+        return Wanted(self.accession, list(self.studies.values()), self.all_known)
 
     def take(self, studies: Iterable[Study]) -> None:
         """Studies that the server has of it."""
@@ -1999,69 +2179,136 @@ def list_dates(run: Run, first: datetime.date, last: datetime.date) -> list[Stud
 
 def look_up_named(run: Run) -> None:
     """Ask for the studies of the accessions that were named and found by no date. One without any is a failure."""
-    names = [accession for accession, acquisition in run.acquisitions.items()
+    named = [acquisition for acquisition in run.acquisitions.values()
              if acquisition.named and not acquisition.dated and acquisition.needed]
-    if not names:
+    if not named:
         return
     aside(lambda: run.orthanc.extended)    # the first contact, before several threads make it
 
-    with (progress_bar(len(names)) as advance,
-          contextlib.closing(in_order(run.orthanc.studies_of, names, run.jobs)) as results):
-        for accession, found in results:
-            if isinstance(found, StudyError):
-                run.failure(accession, found)
-            elif found[0]:
-                run.acquisitions[accession].take(found[0])
-            else:
-                near = f" (the server has {', '.join(sorted(set(found[1]))[:3])})" if found[1] else ""
-                run.failure(accession, f"there is no such accession on {run.orthanc.http.url}{near}")
-            advance()
+    def look_up(chunk: list[Acquisition]) -> dict[str, Any]:
+        """In a thread: what the server has of each."""
+        return ask_together(run.orthanc.studies_of, [acquisition.accession for acquisition in chunk])
+
+    with (progress_bar(len(named)) as advance,
+          contextlib.closing(in_order(look_up, chunks(run, named), run.jobs)) as ready):
+        for chunk, answers in itertools.chain.from_iterable(ready):
+            for acquisition in chunk:
+                take_named(run, acquisition, answers[acquisition.accession])
+                advance()
+
+
+def take_named(run: Run, acquisition: Acquisition, found: Found | StudyError) -> None:
+    """The studies of a named accession, or what is said where there are none."""
+    if isinstance(found, StudyError):
+        run.failure(acquisition.accession, found)
+        return
+    studies, near = found
+    acquisition.take(studies)
+    acquisition.all_known = True
+    if not studies:
+        like = f" (the server has {', '.join(sorted(set(near))[:3])})" if near else ""
+        run.failure(acquisition.accession, f"there is no such accession on {run.orthanc.http.url}{like}")
+
+
+def chunks(run: Run, acquisitions: list[Acquisition]) -> Iterator[list[Acquisition]]:
+    """As many as are looked up together; fewer where the server would cut the answer."""
+    todo = iter(acquisitions)
+    size = int(min(LOOKED_UP_TOGETHER, run.orthanc.uncut_below - 1 or LOOKED_UP_TOGETHER))
+    while chunk := list(itertools.islice(todo, size)):
+        yield chunk
+
+
+def groups(run: Run, todo: list[Acquisition]) -> Iterator[list[Acquisition]]:
+    """The accessions of a run in the groups that are fetched by a thread each; no thread is left without work.
+
+    Those whose series can be asked for by name share a find, as far as they and the server are quick. On older
+    servers each is fetched alone, and many are asked together for their other studies when their turn comes.
+    """
+    share = min(TOGETHER, math.ceil(len(todo) / run.jobs))
+    for by_name, neighbours in itertools.groupby(todo, lambda acquisition: acquisition.wanted.by_name):
+        if not by_name:
+            for chunk in chunks(run, list(neighbours)):
+                look_up_others(run, chunk)
+                yield from ([acquisition] for acquisition in chunk)
+            continue
+        group: list[Acquisition] = []
+        for acquisition in neighbours:
+            most = min(run.orthanc.learnt.series_together, run.orthanc.uncut_below - 1)
+            if group and (len(group) == share or sum(one.series for one in [*group, acquisition]) > most):
+                yield group
+                group = []
+            group.append(acquisition)
+        yield group
+
+
+def look_up_others(run: Run, chunk: list[Acquisition]) -> None:
+    """Ask for all studies of some accessions together. Where that fails, each is asked for when it is fetched."""
+    names = [acquisition.accession for acquisition in chunk
+             if not acquisition.all_known and acquisition.wanted.plain]
+    if len(names) < 2:
+        return
+    with contextlib.suppress(StudyError):
+        answers = aside(run.orthanc.studies_of, names)
+        for accession in names:
+            run.acquisitions[accession].studies = {study.id: study for study in answers[accession][0]}
+            run.acquisitions[accession].all_known = True
 
 
 def fetch_and_store(run: Run, todo: list[Acquisition], conn: Database, out: Callable[[str], None]) -> None:
     """Fetch side by side, store and print in order."""
-    def fetch(acquisition: Acquisition) -> Fetched:
-        """In a thread: everything of one accession. Where no date found it, it was looked up, with all its studies."""
-        known, all_known = list(acquisition.studies.values()), not acquisition.dated
-        return fetch_accession(run.orthanc, acquisition.accession, known, all_known, run.options)
+    def fetch(group: list[Acquisition]) -> list[Fetched | StudyError]:
+        """In a thread: everything of some accessions."""
+        return fetch_together(run.orthanc, [acquisition.wanted for acquisition in group], run.options)
 
     run.tally.not_reached = len(todo)
     if run.tally.already_stored and (run.options.fallback or log.level == logging.DEBUG):
         log.log(SUMMARY, "%d accessions are stored already and are not read again; --force does that",
                 run.tally.already_stored)
-    with progress_bar(len(todo)) as advance, contextlib.closing(in_order(fetch, todo, run.jobs)) as results:
-        for acquisition, fetched in results:
-            stored = finish(run, acquisition, fetched, conn)
-            run.tally.not_reached -= 1
-            acquisition.studies.clear()
-            if stored and acquisition.dated:
+    with (progress_bar(len(todo)) as advance,
+          contextlib.closing(in_order(fetch, groups(run, todo), run.jobs, len)) as batches):
+        for batch in batches:
+            ready = [pair for group, results in batch for pair in zip(group, results, strict=True)]
+            for acquisition in store_ready(run, ready, conn):
                 out(acquisition.accession)
-            advance()
+            advance(len(ready))
 
 
-def finish(run: Run, acquisition: Acquisition, fetched: Fetched | StudyError, conn: Database) -> bool:
-    """Store one accession and say what became of it; whether it is stored."""
-    accession = acquisition.accession
-    try:
-        if isinstance(fetched, StudyError):
-            raise fetched
-        stayed = store_study(accession, conn, fetched.study, fetched.series, run.options.force)
-    except StudyError as error:
-        if isinstance(error, NoMrSeries) and not acquisition.named:
-            run.tally.without_mr += 1
-            log.info("%s: %s", accession, error)
-        else:
-            run.failure(accession, error)
+def store_ready(run: Run, ready: list[tuple[Acquisition, Fetched | StudyError]], conn: Database) -> list[Acquisition]:
+    """Store what is ready in one transaction and say what became of each; those to be printed."""
+    fetched = [(acquisition.accession, one.study, one.series)
+               for acquisition, one in ready if not isinstance(one, StudyError)]
+    outcomes = iter(store_studies(conn, fetched, run.options.force))
+    printed = []
+    for acquisition, one in ready:
+        if finish(run, acquisition, one, one if isinstance(one, StudyError) else next(outcomes)) and acquisition.dated:
+            printed.append(acquisition)
+        run.tally.not_reached -= 1
+        acquisition.studies.clear()
+    return printed
+
+
+def finish(run: Run, acquisition: Acquisition, fetched: Fetched | StudyError, outcome: Outcome | StudyError) -> bool:
+    """Say what became of one accession; whether it was stored now."""
+    accession, tally = acquisition.accession, run.tally
+    if isinstance(outcome, NoMrSeries) and not acquisition.named:
+        tally.without_mr += 1
+        log.info("%s: %s", accession, outcome)
         return False
-    run.tally.stored += 1
-    run.tally.series += len(fetched.series)
-    run.tally.skipped += fetched.skipped
-    run.tally.below_one_second += fetched.below_one_second
+    if isinstance(outcome, StudyError) or isinstance(fetched, StudyError):
+        run.failure(accession, outcome)
+        return False
     for level, note in fetched.notes:
         log.log(level, "%s: %s", accession, note)
-    if stayed:
+    if outcome.stayed:
         log.warning("%s: %d stored series were not on the server this time and stay as they are; --force takes them "
-                    "out", accession, stayed)
+                    "out", accession, outcome.stayed)
+    if acquisition.stored is not None and not outcome.changed:    # it was fetched to be sure
+        tally.already_stored += 1
+        return False
+    tally.stored += 1
+    tally.series += len(fetched.series)
+    tally.skipped += fetched.skipped
+    tally.below_one_second += fetched.below_one_second
     log.info("%s: %d series stored, %d skipped", accession, len(fetched.series), fetched.skipped.total())
     return True
 

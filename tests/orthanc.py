@@ -139,6 +139,11 @@ class Orthanc:
     def extended(self) -> bool:
         return self.client.get("/system").json().get("Capabilities", {}).get("HasExtendedFind", False)
 
+    @property
+    def answers_tags(self) -> bool:
+        """Whether RequestedTags are answered: 1.11 and newer."""
+        return tuple(map(int, self.version.split(".")[:2])) >= (1, 11)
+
     def upload(self, *files: bytes) -> list[dict]:
         """Store DICOM files, in this order."""
         return [self.client.post("/instances", content=data).raise_for_status().json() for data in files]

@@ -188,6 +188,8 @@ class StandIn(Endpoint):
     def extended(self) -> bool:
         return not self.old
 
+    answers_tags = extended
+
     def upload(self, *files: bytes) -> list[dict]:
         """Store DICOM files, in this order."""
         told = []

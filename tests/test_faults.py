@@ -21,7 +21,7 @@ from pydicom.uid import ImplicitVRLittleEndian
 
 import dicom_files
 import store_study_info as program
-from conftest import PROGRAM, Home, Ran
+from conftest import PROGRAM, Ran
 from endpoint import FAULTS, Answer, Endpoint, Proxy, Request, answered_after, at
 from orthanc import free_port
 from stand_in import StandIn
@@ -67,6 +67,18 @@ def first_middle_last(requests: list[Request]) -> list[tuple[str, Request]]:
     return [(kind, made[place]) for kind, made in kinds.items() for place in sorted({0, len(made) // 2, len(made) - 1})]
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """Each request names one accession at most, so that a fault at it can meet no other."""
+    monkeypatch.setattr(program, "TOGETHER", 1)
+    monkeypatch.setattr(program, "LOOKED_UP_TOGETHER", 1)
+
+
+def named_in(request: Request) -> list[str]:
+    """The accessions that a find asks for by their names."""
+    return request.json["Query"].get("AccessionNumber", "").split("\\") if request.kind.startswith("find ") else []
+
+
 def fail_always(target: Request, kind: str):
     return lambda count, request: kind if same(request, target) else None
 
@@ -90,7 +102,8 @@ def errors(ran: Ran) -> list[str]:
 
 # A 404 of `content` says that there is no such element, and its bytes may be anything: no fault that could be told
 # from an answer.
-NO_FAULT = {("status 404", "content"), ("half json", "content"), ("empty", "content")}
+NO_FAULT = {("status 404", "content"), ("half json", "content"), ("empty", "content"),
+            ("status 500", "find instance")}    # what databases answer that cannot sort: then it is asked otherwise
 
 
 def what_is_said(fault: str) -> str:
@@ -118,17 +131,21 @@ def server(request):
         yield running
 
 
-@pytest.fixture(scope="module")
-def calls(server, tmp_path_factory, warm):
+CALLS: dict[bool, list[tuple[str, Request]]] = {}    # by whether the server is old
+
+
+@pytest.fixture
+def calls(server, home, here, alone):
     """Each call of a run without faults, three of each kind."""
-    home = Home(tmp_path_factory.mktemp("clean"), warm)
-    server.misbehave = None
-    server.forget()
-    assert home.run("--jobs", 1, *TOKENS, url=server.url).status == 0
-    assert home.stored() == {accession: whole(accession) for accession in (*MONTH, NAMED)}
-    further = {"statistics", "series"} if server.old else {"find series", "find instance"}
-    assert set(server.kinds) == {"system", "find study", "tags", "content"} | further
-    return first_middle_last(list(server.requests))
+    if server.old not in CALLS:
+        server.misbehave = None
+        server.forget()
+        assert here(*TOKENS, url=server.url).status == 0
+        assert home.stored() == {accession: whole(accession) for accession in (*MONTH, NAMED)}
+        further = {"statistics", "series"} if server.old else {"find series", "find instance"}
+        assert set(server.kinds) == {"system", "find study", "tags", "content"} | further
+        CALLS[server.old] = first_middle_last(list(server.requests))
+    return CALLS[server.old]
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS))
@@ -203,7 +220,7 @@ def real(servers):
 
 
 @pytest.mark.parametrize("fault", ["status 503", "status 500", "reset", "cut", "html", "half json", "hang"])
-def test_faults_before_a_real_server_end_alike(home, here, real, fault):
+def test_faults_before_a_real_server_end_alike(home, here, alone, real, fault):
     with Proxy(real.url) as proxy:
         assert here(*TOKENS, url=proxy.url).status == 0
         for kind, target in first_middle_last(list(proxy.requests))[1::3]:
@@ -267,7 +284,7 @@ def refuse(status, **headers):
     return lambda answer: Answer(status, b"", headers=named)
 
 
-def test_waits_grow_with_jitter_and_are_bounded(home, here, clock):
+def test_waits_grow_with_jitter_and_are_bounded(home, here, alone, clock):
     with StandIn(*FILES) as server:
         server.misbehave = at("find series", "status 503")
         ran = here("-v", "E1", "E2", url=server.url)
@@ -364,7 +381,7 @@ def test_a_host_that_has_no_address_ends_the_run_with_one_sentence(home, here):
 
 @GENERATIONS
 @pytest.mark.parametrize("jobs", [1, 4])
-def test_a_server_that_goes_away_ends_the_run_with_what_is_stored(home, here, old, jobs):
+def test_a_server_that_goes_away_ends_the_run_with_what_is_stored(home, here, alone, old, jobs):
     server = StandIn(*TWENTY_FILES, old=old)
     with server:
         count_of_series, gone = itertools.count(1), threading.Event()
@@ -411,7 +428,7 @@ def test_denied_access_ends_the_run_at_once_naming_netrc_and_host(home, here, ol
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
-def test_denied_access_in_mid_run_leaves_what_is_stored_and_asks_no_more(home, here, jobs):
+def test_denied_access_in_mid_run_leaves_what_is_stored_and_asks_no_more(home, here, alone, jobs):
     """The first study is answered once the fifth was denied, and what comes after that one never."""
     denied, never = threading.Event(), threading.Event()
 
@@ -515,7 +532,7 @@ def test_proxies_in_the_environment_are_not_used(home):
 # -- time-outs -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fault", sorted(TIMEOUTS))
-def test_an_answer_that_does_not_come_in_time_is_asked_for_once_more(home, here, clock, fault):
+def test_an_answer_that_does_not_come_in_time_is_asked_for_once_more(home, here, alone, clock, fault):
     with StandIn(*FILES) as server:
         server.misbehave = lambda count, request: fault if series_of_e2(request) else None
         ran = here("--timeout", 45, *MONTH, url=server.url)
@@ -569,7 +586,7 @@ def with_tag(tag, value):
 
 
 def series_of_e2(request: Request) -> bool:
-    return request.kind == "find series" and b'"E2"' in request.body
+    return request.kind == "find series" and "E2" in named_in(request)
 
 
 WRONG = {
@@ -772,7 +789,8 @@ def test_the_sar_of_a_frame_is_a_finite_number_of_0_or_more_or_not_stored(home, 
 def test_a_study_of_which_one_series_is_still_arriving_is_not_stored_unless_forced(home, here, old, place):
     """Orthanc calls a study stable by itself, and each of its series too."""
     def arriving(records):
-        records[place]["IsStable"] = False
+        theirs = [one for one in records if old or one["RequestedTags"]["0008,0050"] == "E2"]
+        theirs[place]["IsStable"] = False
     with StandIn(*FILES, old=old) as server:
         study = server.find_id("Study", AccessionNumber="E2")
 
@@ -823,8 +841,8 @@ def test_a_series_costs_six_requests_more_at_most_also_where_its_instances_come_
         assert plain + 1 < len(server.requests) <= plain + 6
 
 
-def test_an_endless_list_of_studies_ends(home, here):
-    """A server that ignores Since, and tells the same studies for every page."""
+def test_an_endless_list_of_studies_ends_and_its_dates_may_be_incomplete(home, here):
+    """A server that ignores Since, and tells the same studies for every page; what came is stored."""
     with StandIn(*FILES) as server:
         def again(count, request):
             if request.kind != "find study" or not request.json["Since"]:
@@ -832,10 +850,56 @@ def test_an_endless_list_of_studies_ends(home, here):
             first = request._replace(body=json.dumps(request.json | {"Since": 0}).encode())
             return "status 500" if count > 200 else lambda answer: server.answer(first)
         server.misbehave = again
-        ran = here("202404", url=server.url)
-        assert len(server.requests) < 200
-    assert ran.status == 1 and "with studies again" in ran.err
-    assert home.stored() == {}
+        ran = here("20240401-20240403", url=server.url)
+        assert len(server.requests) < 50
+    assert ran.status == 1
+    assert [re.search(r" (\d{8}): may be incomplete", line)[1] for line in errors(ran)] == [
+        "20240401", "20240402", "20240403"]
+    assert home.stored() == {accession: whole(accession) for accession in MONTH}
+
+
+# -- many accessions in one request ----------------------------------------------------------------------------------
+
+def together_or_alone(fault: str, *, together: bool):
+    """The fault at each find for series that names E2, or only where others are named with it."""
+    return lambda count, request: fault if series_of_e2(request) and (
+        not together or len(named_in(request)) > 1) else None
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - DENIED))
+def test_a_fault_of_one_study_fails_it_alone_where_many_are_asked_for_together(home, here, fault, jobs):
+    with StandIn(*FILES) as server:
+        server.misbehave = together_or_alone(fault, together=False)
+        ran = here(*TOKENS, url=server.url, jobs=jobs)
+        assert max(len(named_in(request)) for request in server.requests if request.kind == "find series") > 1
+    assert ran.status == 1 and ran.printed == ["E1", "E3"]
+    (sentence,) = errors(ran)
+    assert " E2: " in sentence and re.search(what_is_said(fault), sentence)
+    assert home.stored() == {accession: whole(accession) for accession in ("E1", "E3", NAMED)}
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - DENIED))
+def test_where_many_cannot_be_asked_for_together_each_is_asked_for_alone(home, here, fault):
+    with StandIn(*FILES) as server:
+        server.misbehave = together_or_alone(fault, together=True)
+        ran = here(*TOKENS, url=server.url)
+    assert ran.status == 0 and errors(ran) == [] and ran.printed == MONTH
+    assert home.stored() == {accession: whole(accession) for accession in (*MONTH, NAMED)}
+
+
+@GENERATIONS
+@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - DENIED))
+def test_where_many_cannot_be_looked_up_together_each_is_looked_up_alone(home, here, old, fault):
+    """Named ones on any server, and those of a date where a server knows no RequestedTags."""
+    tokens = ["202404"] if old else MONTH
+    with StandIn(*FILES, old=old) as server:
+        server.misbehave = lambda count, request: (
+            fault if request.kind == "find study" and len(named_in(request)) > 1 else None)
+        ran = here(*tokens, url=server.url)
+        assert server.requests[-1].kind != "find study"
+    assert ran.status == 0 and errors(ran) == []
+    assert home.stored() == {accession: whole(accession) for accession in MONTH}
 
 
 # -- what is shown ---------------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_series_of_other_modalities_are_left_out(archive, home):
 
 def test_different_patient_ids_under_one_accession_are_warned_of_and_not_told(archive, home):
     ran = home.run("EPAT", url=archive.url)
-    assert ran.status == 0 and "WARNING EPAT: its series have 2 different patient IDs" in ran.err
+    assert ran.status == 0 and "WARNING EPAT: its studies have 2 different patient IDs" in ran.err
     assert "P-pat" not in ran.err
     assert len(home.series("EPAT")) == 2 and home.studies()[0]["patient_id"] == "P-pat a"
 
