@@ -113,9 +113,13 @@ LOOKED_UP_TOGETHER = 50     # accessions whose studies are asked for by one find
 LONG_ANSWER = 5.0           # seconds (or a tenth of the time-out) after which a find is taken for too large
 MORE = 6                    # requests that a series may cost beyond its header, to find what is missing
 LOOKS = 6                   # of its instances whose header may be read, the first one included
+FOR_PROTOCOL = 2            # of MORE, kept with --fallback for the two places of a Siemens protocol
 PAGE = 1000                 # studies on a further page
 
-LONGEST_SCAN = 86400        # seconds; an AcquisitionDuration above a day is in another unit
+# Durations, in seconds
+LONGEST_SCAN = 86400        # what comes to more than a day is not a scan's
+LONGEST_STATED = 10800      # and by other tags than Siemens': 3 hours, as the longest seen is 1280 s
+LONGEST_PARTIAL = 60        # from here on the Siemens acquisition time is that of all measurements
 
 SUMMARY = 25    # a log level above that of single studies, which a terminal with a progress bar does not show
 logging.addLevelName(SUMMARY, "INFO")
@@ -243,12 +247,16 @@ def number(text: str | None) -> float | None:
 
     >>> number("67.00 "), number(".5"), number("1e3"), number("1,5"), number("nan"), number("1e999"), number("5 kg")
     (67.0, 0.5, 1000.0, None, None, None, None)
+
+    A float can be too small for it, too, which is not 0:
+
+    >>> number("1e-400"), number("0e-400")
+    (None, 0.0)
     """
-    text = clean(text)
-    if text is None or not _NUMBER.fullmatch(text):
-        return None
-    value = float(text)
-    return value if math.isfinite(value) else None
+    match = _NUMBER.fullmatch(clean(text) or "")
+    value = float(match[0]) if match else math.inf
+    vanished = value == 0 and match and re.search("[1-9]", match[1])
+    return value if math.isfinite(value) and not vanished else None
 
 
 def non_negative(text: str | None) -> float | None:
@@ -311,9 +319,10 @@ def acquisition_time(text: str | None) -> Decimal | None:
     >>> acquisition_time("TA 02:07*6"), acquisition_time("TA 50.40*2"), acquisition_time("05:32")
     (Decimal('762'), Decimal('100.80'), Decimal('332'))
 
-    Within a colon form all but the leading part have two digits and are below 60; nothing is guessed:
+    Within a colon form all but the leading part have two digits and are below 60; nothing is guessed, and more than
+    a day is not a scan's:
 
-    >>> acquisition_time("TA 02:70"), acquisition_time("TA 2:7"), acquisition_time("TA 5*0"), acquisition_time("Anon")
+    >>> acquisition_time("TA 02:70"), acquisition_time("TA 5*0"), acquisition_time("Anon"), acquisition_time("25:00:00")
     (None, None, None, None)
     """
     match = _DURATION.fullmatch(clean(text) or "")
@@ -323,7 +332,8 @@ def acquisition_time(text: str | None) -> Decimal | None:
     seconds = Decimal(match["seconds"].replace(",", "."))
     if times == 0 or (match["minutes"] and seconds >= 60) or (match["hours"] and minutes >= 60):
         return None
-    return (hours * 3600 + minutes * 60 + seconds) * times
+    total = (hours * 3600 + minutes * 60 + seconds) * times
+    return total if total <= LONGEST_SCAN else None
 
 
 def half_up(seconds: Decimal) -> int:
@@ -379,6 +389,7 @@ SERIES_OF_STUDY, INSTANCES_OF_SERIES = "0020,1206", "0020,1209"    # counted by 
 BLOCKS = ("10", "11", "12", "13")
 # Where a creator keeps something: group, creator, last two digits of the element
 SIEMENS_HEADER = ("0051", "SIEMENS MR HEADER", "0a")
+GE_TIME = ("0019", "GEMS_ACQU_01", "5a")
 SIEMENS_PROTOCOLS = (("0029", "SIEMENS CSA HEADER", "20"), ("0021", "SIEMENS MR SDS 01", "19"))
 
 # What Orthanc keeps of a study and its patient, the same for all its series
@@ -389,6 +400,7 @@ SERIES_TAGS = tuple(dict.fromkeys(
     + [MODALITY, MANUFACTURER, SOP_CLASS, SOP_UID, STUDY_UID, INSTANCES_OF_SERIES]
     + [f"0051,{kind}" for block in BLOCKS for kind in (f"00{block}", f"{block}0a")]))
 FALLBACK_TAGS = (IMAGE_TYPE, DURATION_SECONDS, SHARED_GROUPS,
+                 *(f"0019,{kind}" for block in BLOCKS for kind in (f"00{block}", f"{block}5a")),
                  *(f"{group},00{block}" for group, _, _ in SIEMENS_PROTOCOLS for block in BLOCKS))
 
 Header = dict[str, Any]    # of one instance, or what the server keeps: {tag: text, None or list of items}
@@ -1159,6 +1171,11 @@ class Orthanc:
         steps = "/".join(step.replace(",", "-") for step in path)
         return self._spend().octets(f"/instances/{instance}/content/{steps}")
 
+    def is_big_endian(self, instance: str) -> bool:
+        """Whether the file has Explicit VR Big Endian."""
+        header = self._spend().json(dict, "GET", f"/instances/{instance}/header?short")
+        return header.get("0002,0010") == "1.2.840.10008.1.2.2"
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # Header to values: what one instance says, or the reason why it does not
@@ -1166,10 +1183,17 @@ class Orthanc:
 
 SAR_ABSENT, SAR_UNREADABLE = "SAR absent", "SAR not readable"
 TIME_ABSENT, TIME_UNREADABLE, OTHER_VENDOR = "duration absent", "duration not readable", "another vendor's tag"
-REASONS = (SAR_ABSENT, SAR_UNREADABLE, TIME_ABSENT, TIME_UNREADABLE, OTHER_VENDOR)
+TIME_PARTIAL = "duration not of the scan"
+REASONS = (SAR_ABSENT, SAR_UNREADABLE, TIME_ABSENT, TIME_UNREADABLE, OTHER_VENDOR, TIME_PARTIAL)
+
+# What is counted of stored series whose duration is not plainly the Siemens tag's
+BELOW_ONE_SECOND, FROM_STATED = "with a time below one second", "with the time of AcquisitionDuration"
+FROM_GE, FROM_PROTOCOL = "with the time of GE's private tag", "with the time of the Siemens protocol"
+ORIGINS = (BELOW_ONE_SECOND, FROM_STATED, FROM_GE, FROM_PROTOCOL)
 
 # Their SAR is nested and they never carry 0051,100a: enhanced MR, spectroscopy, enhanced colour, legacy converted.
 ENHANCED = {f"1.2.840.10008.5.1.4.1.1.4.{kind}" for kind in (1, 2, 3, 4)}
+SPECTROSCOPY = "1.2.840.10008.5.1.4.1.1.4.2"
 
 
 class Value(NamedTuple):
@@ -1184,6 +1208,7 @@ class SeriesValues(NamedTuple):    # what one instance says of its series
     duration: Value                 # seconds, Decimal, not yet rounded
     instance: str | None = None     # its ID, where it is not the first instance
     sources: tuple[str, ...] = ()   # for the log: where it was found other than in the first instance's Siemens tags
+    origin: str | None = None       # of the duration, one of ORIGINS where it is not the Siemens tag
 
     @property
     def missing(self) -> list[Value]:
@@ -1242,6 +1267,13 @@ def read_values(header: Header, instance: str | None = None) -> SeriesValues:
     return SeriesValues(header, extract_sar(header), extract_duration(header), instance)
 
 
+def may_be_siemens(header: Header) -> bool:
+    """Whether no other vendor's creator or manufacturer is named."""
+    creators = [get_element(header, f"0051,00{block}") for block in BLOCKS]
+    return ((not any(creators) or private_tag(header, *SIEMENS_HEADER) is not None)
+            and "SIEMENS" in (get_element(header, MANUFACTURER) or "SIEMENS").upper())
+
+
 def may_be_elsewhere(values: SeriesValues) -> bool:
     """Whether other instances of the series may have what this one lacks.
 
@@ -1251,10 +1283,7 @@ def may_be_elsewhere(values: SeriesValues) -> bool:
     if not {SAR_ABSENT, TIME_ABSENT} & {value.reason for value in values.missing}:
         return False
     header = values.header
-    creators = [get_element(header, f"0051,00{block}") for block in BLOCKS]
-    return ((not any(creators) or private_tag(header, *SIEMENS_HEADER) is not None)
-            and "SIEMENS" in (get_element(header, MANUFACTURER) or "SIEMENS").upper()
-            and get_element(header, SOP_CLASS) not in ENHANCED
+    return (may_be_siemens(header) and get_element(header, SOP_CLASS) not in ENHANCED
             and get_element(header, INSTANCES_OF_SERIES) != "1")
 
 
@@ -1318,34 +1347,87 @@ def frame_sar(orthanc: Orthanc, series: Series) -> float | None:
     return None
 
 
-def stated_duration(header: Header) -> Decimal | None:
-    """AcquisitionDuration (0018,9073) in seconds. UIH writes milliseconds (190713.0)."""
-    value = non_negative(get_element(header, DURATION_SECONDS))
-    if value is not None and (get_element(header, MANUFACTURER) or "").upper().startswith(("UIH", "UNITED IMAGING")):
-        value /= 1000
-    return Decimal(repr(value)) if value is not None and value <= LONGEST_SCAN else None
+def other_time(values: SeriesValues, seconds: Decimal | None, source: str, origin: str) -> SeriesValues:
+    """The values with these seconds where a scan can take as long, else with that reason why there is no duration."""
+    if seconds is None:
+        return values
+    if 1 <= seconds <= LONGEST_STATED:
+        sources = (*values.sources, f"duration from {source}")
+        return values._replace(duration=Value(seconds), sources=sources, origin=origin)
+    detail = f"{values.duration.detail}; {source} is {float(seconds):g} s, of one frame, or in another unit"
+    return values._replace(duration=Value(None, TIME_PARTIAL, detail))
 
 
-def protocol_duration(protocol: bytes) -> Decimal | None:
-    """The total scan time in seconds from the text of a Siemens protocol.
+def stated_time(orthanc: Orthanc, series: Series, values: SeriesValues) -> SeriesValues:
+    """The values with AcquisitionDuration, in seconds, where there is no other duration."""
+    header, source = values.header, f"AcquisitionDuration ({DURATION_SECONDS})"
+    seconds = non_negative(get_element(header, DURATION_SECONDS))
+    if seconds is None or values.duration.value is not None:
+        return values
+    count = str(len(series.instances)) if series.instances else get_element(series.header, INSTANCES_OF_SERIES)
+    if get_element(header, SOP_CLASS) == SPECTROSCOPY and count != "1":
+        detail = f"{values.duration.detail}; {source} is {seconds:g} s, of one average of several"
+        return values._replace(duration=Value(None, TIME_PARTIAL, detail))
+    milliseconds = (get_element(header, MANUFACTURER) or "").upper().startswith(("UIH", "UNITED IMAGING"))    # 190713.0
+    return other_time(values, Decimal(repr(seconds)) / (1000 if milliseconds else 1), source, FROM_STATED)
 
-    >>> protocol_duration(b"lTotalScanTimeSec = 450")
-    Decimal('450')
+
+def ge_time(orthanc: Orthanc, series: Series, values: SeriesValues) -> SeriesValues:
+    """The values with GE's time of the scan, FL in microseconds, where there is no other duration."""
+    tag = private_tag(values.header, *GE_TIME)
+    if tag is None or values.duration.value is not None:
+        return values
+    value = number(get_element(values.header, tag))
+    if values.header.get(tag) is None and values.sar.value is not None:
+        instance = values.instance or orthanc.instance_of(series)
+        raw = orthanc.content(instance, tag) if instance else None
+        if instance and raw and len(raw) == 4:
+            # UN is told as it is in the file: where both orders give a scan's time, the transfer syntax decides.
+            (value,), (big,) = struct.unpack("<f", raw), struct.unpack(">f", raw)
+            value = big if 1e6 <= big <= LONGEST_STATED * 1e6 and orthanc.is_big_endian(instance) else value
+    seconds = Decimal(repr(value)) / 1_000_000 if value is not None and math.isfinite(value) else None
+    return other_time(values, seconds, f"GE's ({tag})", FROM_GE)
+
+
+_PROTOCOL = re.compile(rb"(?<![\w.])(lTotalScanTimeSec|lRepetitions|ucOneSeriesForAllMeas)\s*=\s*"
+                       rb"(0x[\da-fA-F]{1,8}|\d{1,9})(?![\w.])")
+
+
+def protocol_duration(protocol: bytes, ta: Decimal | None) -> tuple[Decimal | None, str]:
+    """The seconds of a series by the text of its protocol, None where the acquisition time stands; and of how much.
+
+    The total is of all measurements. They can be a series each (ucOneSeriesForAllMeas = 0x4).
+
+    >>> protocol_duration(b"lTotalScanTimeSec = 78 lRepetitions = 29", Decimal("2.4"))
+    (Decimal('78'), ', 30 measurements')
     """
-    match = re.search(rb"lTotalScanTimeSec\s*=\s*(\d{1,9})(?!\d)", protocol)
-    return Decimal(match[1].decode()) if match and int(match[1]) else None
+    numbers = {name: int(value, 16 if value[:2] == b"0x" else 10) for name, value in _PROTOCOL.findall(protocol)[::-1]}
+    seconds, measurements = Decimal(numbers.get(b"lTotalScanTimeSec", 0)), numbers.get(b"lRepetitions", 0) + 1
+    together = numbers.get(b"ucOneSeriesForAllMeas", 1) == 1
+    if ta is None or ta < 1:
+        seconds /= 1 if together else measurements
+    elif not together or measurements == 1 or ta >= Decimal("0.8") * seconds:
+        return None, ""
+    count = f", {'' if together else 'one of '}{measurements} measurements" if measurements > 1 else ""
+    return seconds if 1 <= seconds <= LONGEST_SCAN else None, count
 
 
-def siemens_protocol(orthanc: Orthanc, series: Series, values: SeriesValues) -> Decimal | None:
-    """The protocol's total scan time of the instance that the values came from; its text is 70 to 140 kB."""
-    instance = values.instance or orthanc.instance_of(series)
-    for place in SIEMENS_PROTOCOLS:
-        tag = private_tag(values.header, *place)
-        protocol = orthanc.content(instance, tag) if tag and instance else None
-        seconds = protocol_duration(protocol) if protocol else None
-        if seconds is not None:
-            return seconds
-    return None
+def protocol_time(orthanc: Orthanc, series: Series, values: SeriesValues) -> SeriesValues:
+    """The values with the duration of the Siemens protocol where the acquisition time is missing or of a part."""
+    header, ta = values.header, values.duration.value
+    tags = [tag for place in SIEMENS_PROTOCOLS if (tag := private_tag(header, *place))]
+    derived = "DERIVED" in (get_element(header, IMAGE_TYPE) or "").split("\\")    # PS3.3 C.7.6.1.1.2
+    if not tags or derived or values.sar.value is None or values.origin or (ta or 0) >= LONGEST_PARTIAL \
+            or not may_be_siemens(header) or not (instance := values.instance or orthanc.instance_of(series)):
+        return values
+    texts = ((tag, orthanc.content(instance, tag) or b"") for tag in tags)    # 70 to 140 kB
+    tag, text = next(((tag, text) for tag, text in texts if b"lTotalScanTimeSec" in text), ("", b""))
+    seconds, count = protocol_duration(text, ta)
+    if seconds is None:
+        return values
+    said = get_element(header, private_tag(header, *SIEMENS_HEADER) or TIME_OF_ACQUISITION)
+    source = f"{'no TA' if ta is None else said}{count}: {half_up(seconds)} s from the protocol ({tag})"
+    return values._replace(duration=Value(seconds), sources=(*values.sources, source), origin=FROM_PROTOCOL)
 
 
 def other_sar(orthanc: Orthanc, series: Series, values: SeriesValues) -> SeriesValues:
@@ -1359,19 +1441,6 @@ def other_sar(orthanc: Orthanc, series: Series, values: SeriesValues) -> SeriesV
         return values
     source = "SAR from the whole-body item of the functional groups (0018,9181)"
     return values._replace(sar=Value(sar), sources=(*values.sources, source))
-
-
-def other_duration(orthanc: Orthanc, series: Series, values: SeriesValues) -> SeriesValues:
-    """The values with a duration of elsewhere where the Siemens tag has none, or does not mean the scan."""
-    seconds, source = None, ""
-    derived = "DERIVED" in (get_element(values.header, IMAGE_TYPE) or "").split("\\")    # PS3.3 C.7.6.1.1.2
-    if values.duration.value is None:
-        seconds, source = stated_duration(values.header), f"AcquisitionDuration ({DURATION_SECONDS})"
-    elif values.sar.value is not None and values.duration.value < 1 and not derived:
-        seconds, source = siemens_protocol(orthanc, series, values), "the protocol's lTotalScanTimeSec"
-    if seconds is None:
-        return values
-    return values._replace(duration=Value(seconds), sources=(*values.sources, f"duration from {source}"))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1397,7 +1466,7 @@ class Fetched(NamedTuple):
     study: dict[str, Any]
     series: list[dict[str, Any]]
     skipped: Counter                # of REASONS
-    below_one_second: int           # stored series with such an acquisition time
+    origins: Counter                # of ORIGINS, of stored series
     notes: list[tuple[int, str]]    # (logging level, sentence)
 
 
@@ -1550,7 +1619,7 @@ def _process_study(orthanc: Orthanc, accession: str, series: list[Series], warni
     rows: dict[str, dict[str, Any]] = {}
     skipped: Counter = Counter()
     notes: list[tuple[int, str]] = []
-    below_one_second = 0
+    origins: Counter = Counter()
     for one in series:
         values = _process_series(orthanc, one, options)
         name = f"series {get_element(one.header, SERIES_NUMBER) or '?'} ({get_element(one.header, SERIES_UID)})"
@@ -1564,13 +1633,13 @@ def _process_study(orthanc: Orthanc, accession: str, series: list[Series], warni
             notes.append((logging.WARNING, f"{name} is on the server twice, the one of the earlier study is stored"))
             continue
         notes.extend((logging.DEBUG, f"{name}: {source}") for source in values.sources)
+        origins[BELOW_ONE_SECOND if values.duration.value < 1 else values.origin] += 1
         if values.duration.value < 1:
-            below_one_second += 1
             time_said = f"an acquisition time of {values.duration.value} s, which may not be that of the scan"
             notes.append((logging.DEBUG, f"{name} has {time_said}"))
     notes.extend((logging.WARNING, warning) for warning in warnings)
     study = extract_study(earliest, accession)
-    return Fetched(study, list(rows.values()), skipped, below_one_second, notes)
+    return Fetched(study, list(rows.values()), skipped, origins, notes)
 
 
 def warnings_about(studies: list[Study], series: list[Series], today: str) -> Iterator[str]:
@@ -1584,13 +1653,16 @@ def warnings_about(studies: list[Study], series: list[Series], today: str) -> It
 
 def _process_series(orthanc: Orthanc, series: Series, options: Options) -> SeriesValues:
     """What is stored of one series; what is missing is looked for with MORE requests at most."""
-    values, limited = read_values(series.header), orthanc.within(MORE)
+    values, kept = read_values(series.header), FOR_PROTOCOL if options.fallback else 0
+    limited = orthanc.within(MORE - kept)
     looks: list[Callable[[Orthanc, Series, SeriesValues], SeriesValues]] = [
         functools.partial(with_first_time, without_sar=options.fallback),
         functools.partial(second_look, tags=options.tags)]
     if options.fallback:
-        looks += [other_sar, other_duration]
+        looks += [other_sar, stated_time, ge_time, protocol_time]
     for look in looks:
+        if look is other_sar:
+            limited._allowed += kept
         with contextlib.suppress(RequestsSpent):
             values = look(limited, series, values)
     return values
@@ -2092,8 +2164,9 @@ class Tally:
 
     def __init__(self):
         self.stored = self.already_stored = self.failed = self.not_reached = self.without_mr = 0    # studies
-        self.series = self.below_one_second = 0
+        self.series = 0
         self.skipped: Counter = Counter()       # series, of REASONS
+        self.origins: Counter = Counter()       # series stored, of ORIGINS
         self.doubtful_dates = 0
 
     @property
@@ -2107,7 +2180,7 @@ class Tally:
         text += f", {self.not_reached} not reached" if self.not_reached else ""
         text += f", {self.without_mr} without MR series" if self.without_mr else ""
         text += f"; series: {self.series} stored, {self.skipped.total()} skipped" + (f" ({reasons})" if reasons else "")
-        text += f", {self.below_one_second} stored with a time below one second" if self.below_one_second else ""
+        text += "".join(f", {self.origins[one]} stored {one}" for one in ORIGINS if self.origins[one])
         return text + (f"; dates that may be incomplete: {self.doubtful_dates}" if self.doubtful_dates else "")
 
 
@@ -2308,7 +2381,7 @@ def finish(run: Run, acquisition: Acquisition, fetched: Fetched | StudyError, ou
     tally.stored += 1
     tally.series += len(fetched.series)
     tally.skipped += fetched.skipped
-    tally.below_one_second += fetched.below_one_second
+    tally.origins += fetched.origins
     log.info("%s: %d series stored, %d skipped", accession, len(fetched.series), fetched.skipped.total())
     return True
 

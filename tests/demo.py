@@ -37,6 +37,8 @@ import orthanc  # noqa: E402
 class Protocol(NamedTuple):
     """One series: whole-body SAR in W/kg at 75 kg (None: the file has none), seconds, how often these are repeated.
 
+    measurements: all but those of one are left out of the time that the scanner writes.
+
     No figure that is shown may lie on a rounding tie, which one release of SQLite rounds up and another down:
     test_readme.py fails where a new number does that.
     """
@@ -46,6 +48,8 @@ class Protocol(NamedTuple):
     sar: float | None
     seconds: float
     times: int = 1
+    measurements: int = 1
+    kind: str = "M"     # of image: magnitude, phase
 
 
 PROTOCOLS = {
@@ -57,6 +61,9 @@ PROTOCOLS = {
     "adc": Protocol("ep2d_diff_tra_ADC", "*ep_b0_1000", None, 188),
     "rest": Protocol("ep2d_bold_rest", "*epfid2d1_64", 0.049, 486),
     "task": Protocol("ep2d_bold_task", "*epfid2d1_64", 0.049, 364),
+    "dynamic": Protocol("t1_fl3d_dyn", "*fl3d1", 0.087, 4.9, measurements=60),
+    "field": Protocol("gre_field_mapping", "*fm2d2", 0.036, 65),
+    "field phase": Protocol("gre_field_mapping", "*fm2d2", 0.036, 65, kind="P"),
     "spine t1": Protocol("t1_tse_sag", "*tse2d1_3", 1.294, 200),
     "spine t2": Protocol("t2_tse_sag", "*tse2d1_17", 1.512, 226),
     "spine tra": Protocol("t2_tse_tra_disc", "*tse2d1_15", 1.377, 142, 2),
@@ -120,7 +127,8 @@ STUDIES = (    # accession, day, scanner, patient, body part, description, proto
     ("E12339", "20240404", "trio", "004519", "LSPINE", "Lumbar spine", SPINE),
     ("E12340", "20240408", "vida", "006031", "LIVER", "Liver", "scout,haste,haste,vibe,liver t2,liver dwi"),
     ("E12341", "20240409", "skyra", "005220", "BRAIN", "Brain routine", BRAIN),
-    ("E12342", "20240411", "trio", "006102", "BRAIN", "Brain fMRI", "scout mprage rest task dwi adc"),
+    ("E12342", "20240411", "trio", "006102", "BRAIN", "Brain fMRI",
+     "scout,mprage,rest,task,dwi,adc,dynamic,field,field phase"),
     ("E12343", "20240415", "signa", "000873", "BRAIN", "Brain routine", "scout mprage t2"),
     ("E12344", "20240417", "vida", "006127", "HEART", "Cardiac", "scout,cine 4ch,cine,psir"),
     ("E12345", "20240422", "prisma", "004172", "BRAIN", "Brain routine", BRAIN),
@@ -150,14 +158,18 @@ def sar_of(protocol: Protocol, weight: float) -> str | None:
 
 
 def private_elements(protocol: Protocol, scanner: Scanner):
-    """What changes a dataset: the protocol text of Siemens files, or the number that GE keeps in the time's place."""
+    """What changes a dataset: the protocol text of Siemens files, GE's own time and what it keeps in Siemens' place."""
     def change(ds):
-        if scanner.generation == "GE" and protocol.sequence.startswith("*tfl"):
-            ds.add_new(0x00510010, "LO", "GEMS_FUNCTOOL_01")
-            ds.add_new(0x0051100A, "LO", "-3")
+        if scanner.generation == "GE":
+            ds.add_new(0x00190010, "LO", "GEMS_ACQU_01")
+            ds.add_new(0x0019105A, "FL", protocol.seconds * 1e6)
+            if protocol.sequence.startswith("*tfl"):
+                ds.add_new(0x00510010, "LO", "GEMS_FUNCTOOL_01")
+                ds.add_new(0x0051100A, "LO", "-3")
         elif scanner.generation == "VB":
-            total = protocol.seconds * scanner.pace * protocol.times
-            text = f"### ASCCONV BEGIN ###\nlTotalScanTimeSec = {total:.0f}\n### ASCCONV END ###\n"
+            total = protocol.seconds * scanner.pace * protocol.times * protocol.measurements
+            text = (f"### ASCCONV BEGIN ###\nucOneSeriesForAllMeas = 0x1\nlRepetitions = {protocol.measurements - 1}\n"
+                    f"lTotalScanTimeSec = {total:.0f}\n### ASCCONV END ###\n")
             ds.add_new(0x00290010, "LO", "SIEMENS CSA HEADER")
             ds.add_new(0x00291020, "OB", text.encode() + b"\0" * (len(text) % 2))
     return change
@@ -173,7 +185,7 @@ def series_elements(protocol: Protocol, scanner: Scanner, patient: Patient) -> d
         "SoftwareVersions": scanner.software,
         "SeriesDescription": protocol.description, "SequenceName": protocol.sequence,
         "PulseSequenceName": protocol.sequence.strip("*") if scanner.generation == "XA" else None,
-        "ImageType": ["DERIVED", "PRIMARY", "ADC"] if derived else ["ORIGINAL", "PRIMARY", "M"]}
+        "ImageType": ["DERIVED", "PRIMARY", "ADC"] if derived else ["ORIGINAL", "PRIMARY", protocol.kind]}
 
 
 def study_elements(day: str, description: str, body_part: str, patient: Patient) -> dict:
@@ -240,6 +252,10 @@ SERIES_TABLE = """
            series_description, pulse_sequence_name, sequence_name
     FROM series WHERE accession IN ('E12342', 'E12349') ORDER BY accession, series_number"""
 STUDIES_OF = "made-up studies of March and April 2024"
+ONE_STUDY = """
+    SELECT series_number, series_description, duration, round(sar * duration / 1000, 3) AS "kJ/kg"
+    FROM series WHERE accession = 'E12342' ORDER BY series_number"""
+ENERGY = "SELECT printf('%.3f', sum(sar * duration) / 1000) FROM series WHERE accession = 'E12342'"
 QUESTION = """\
 SELECT accession, study_description, manufacturer_model, count(sar) AS series,
        round(sum(duration) / 60.0, 1) AS minutes,
@@ -352,10 +368,17 @@ def show(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
         print(QUESTION + ";\n\n" + ask(database, QUESTION))
         say("Later, a range of months: what is stored already is skipped.")
         show_run(env, "202403-202404")
-        if keep:
+        if keep:    # as README.md's questions have it
             shutil.copyfile(database, keep)
             os.chmod(keep, 0o600)
-            say(f"The database is kept in {keep}.")
+        before = ask(database, ENERGY).split()[-1]
+        say("The times that mean the scan, for E12342, from the protocols in its files:")
+        show_run(env, "--force", "--fallback", "E12342")
+        print("\n" + ask(database, ONE_STUDY))
+        say(f"Its energy is {ask(database, ENERGY).split()[-1]} kJ/kg now; before, it was {before}. Series 8 and 9 are "
+            "magnitude and phase of one scan, whose time is counted twice.")
+        if keep:
+            print(f"The database as it was before that is kept in {keep}.", flush=True)
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

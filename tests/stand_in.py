@@ -292,6 +292,8 @@ class StandIn(Endpoint):
                 return self.resource("Series", series, short)
             case ["instances", instance, "tags"] if short:
                 return self.instance(instance).header
+            case ["instances", instance, "header"] if short:
+                return {"0002,0010": str(self.instance(instance).dataset.file_meta.TransferSyntaxUID)}
             case ["instances", instance, "content", *path]:
                 return content(self.instance(instance).dataset, path)
         raise NotFound

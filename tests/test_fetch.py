@@ -311,7 +311,7 @@ def test_fallback_reads_sar_and_duration_elsewhere_and_v_names_the_source(archiv
         ("EUIH", 1, 0.5, 191)]
     for accession, source in (("EENHANCED", "SAR from the whole-body item"),
                               ("EUIH", "duration from AcquisitionDuration (0018,9073)"),
-                              ("EPROTOCOL", "duration from the protocol's lTotalScanTimeSec")):
+                              ("EPROTOCOL", "TA 00.04: 450 s from the protocol (0029,1020)")):
         assert f"{accession}: series 1 ({uid(accession, 1)}): {source}" in ran.err
     assert "SAR absent: 1" in ran.summary
 
