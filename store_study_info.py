@@ -74,7 +74,7 @@ import threading
 import time
 import types
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -135,8 +135,14 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
+def without_passwords(text: str) -> str:
+    """Text without the URLs that hold a user or password: all from '://' to the last '@', as slashes occur in both."""
+    return re.sub(r"\S*://.*@\S*", "…", text, flags=re.DOTALL)
+
+
 def quoted(text: str) -> str:
-    """A value in a message, short and harmless."""
+    """A value in a message, short and harmless; of a URL nothing: a part of it need not show that it has a password."""
+    text = "…" if "://" in text else text
     return f"'{printable(text[:60])}'" + (" …" if len(text) > 60 else "")
 
 
@@ -1727,6 +1733,12 @@ class Database(sqlite3.Connection):
     path = ""
 
 
+MAGIC = b"SQLite format 3\0"                # the first bytes of every database that is not empty
+SIDES = ("", "-journal", "-wal", "-shm")    # what SQLite adds to its name for the files that it keeps beside it
+
+# An accession, given twice: found by the index, and no other by a column that takes E1a for E1A or 007 for 7.
+THE_ACCESSION = "accession = ? AND CAST(accession AS TEXT) = ? COLLATE BINARY"
+
 RESTORE = "restore it from a copy, or move it away and acquire the studies again"
 ADVICE = (    # for what SQLite says, by a word of it
     ("readonly", "it or its folder cannot be written: check the permissions"),
@@ -1740,9 +1752,12 @@ ADVICE = (    # for what SQLite says, by a word of it
 
 @contextlib.contextmanager
 def database_errors(path: str) -> Iterator[None]:
-    """What SQLite says, as a sentence with the path and what to do."""
+    """What SQLite says, as a sentence with the path and what to do; for one study alone where a constraint says it."""
     try:
         yield
+    except sqlite3.IntegrityError as error:
+        raise StudyError(f"not stored: database {path} has a rule of your own that refuses it ({error}); change that "
+                         "column, index or trigger") from None
     except sqlite3.Error as error:
         advice = "".join(f"; {advice}" for word, advice in ADVICE if word in str(error))
         raise DatabaseError(f"database {path}: {error}{advice}") from None
@@ -1753,7 +1768,7 @@ def check_database_file(path: str) -> bool:
     try:
         if stat.S_ISREG(os.stat(path).st_mode):
             with open(path, "rb") as file:
-                start = file.read(16)
+                start = file.read(len(MAGIC))
         else:
             start = b"not a file"      # a folder, a pipe: opening it could wait for ever
     except FileNotFoundError:
@@ -1765,9 +1780,16 @@ def check_database_file(path: str) -> bool:
         return False
     except (OSError, ValueError) as error:
         raise DatabaseError(f"database {path} cannot be read: {reason_of(error)}") from None
-    if start and start != b"SQLite format 3\0":
+    if start and start != MAGIC:
         raise DatabaseError(f"database {path} is not an SQLite file and is left as it is; name another with --db")
     return True
+
+
+def is_database(path: str) -> bool:
+    """Whether it is the file of an SQLite database."""
+    with contextlib.suppress(OSError), open(path if os.path.isfile(path) else os.devnull, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+    return False
 
 
 def execute_when_free(conn: sqlite3.Connection, statement: str, values: tuple = ()) -> sqlite3.Cursor:
@@ -1783,14 +1805,16 @@ def execute_when_free(conn: sqlite3.Connection, statement: str, values: tuple = 
 
 @contextlib.contextmanager
 def transaction(conn: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing, whatever ends it."""
-    execute_when_free(conn, "BEGIN IMMEDIATE")
+    """All or nothing, whatever ends it; within another one, a part that can be undone by itself."""
+    begin, end, undo = (("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part") if conn.in_transaction
+                        else ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"))
+    execute_when_free(conn, begin)
     try:
         yield
-        execute_when_free(conn, "COMMIT")
+        execute_when_free(conn, end)
     except BaseException:
-        if conn.in_transaction:
-            conn.execute("ROLLBACK")
+        if conn.in_transaction:    # a rule of the user's own may have undone it
+            conn.execute(undo)
         raise
 
 
@@ -1841,7 +1865,7 @@ def open_database(path: str) -> Database:
     with database_errors(path), contextlib.ExitStack() as undo:
         conn = sqlite3.connect(path, timeout=SIGNAL_CHECK_SECONDS, isolation_level=None, factory=Database)
         undo.callback(conn.close)
-        conn.path = path
+        conn.path, conn.text_factory = path, functools.partial(str, encoding="utf-8", errors="replace")
         tables = {table: read_columns(conn, table) for table in TABLES}
         check_columns(path, tables)
         if not all(tables.values()) or not has_index(conn):
@@ -1856,70 +1880,109 @@ def stored_date(conn: Database | None, accession: str) -> str | None:
     if conn is None:
         return None
     with database_errors(conn.path):
-        statement = "SELECT ifnull(study_date, '') FROM studies WHERE accession = ?"
-        row = execute_when_free(conn, statement, (accession,)).fetchone()
+        statement = f"SELECT CAST(ifnull(study_date, '') AS TEXT) FROM studies WHERE {THE_ACCESSION}"
+        row = execute_when_free(conn, statement, (accession, accession)).fetchone()
     return row[0] if row else None
 
 
-def upsert(conn: sqlite3.Connection, table: str, row: dict[str, Any]) -> None:
-    """Insert a row or update it by its primary key; further columns of the user's own stay as they are."""
-    columns = [field.column for field in TABLES[table]]
-    changes = ", ".join(f"{column} = excluded.{column}" for column in columns[1:])
-    conn.execute(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
-                 f"ON CONFLICT({columns[0]}) DO UPDATE SET {changes}", [row[column] for column in columns])
+class Outcome(NamedTuple):
+    stayed: int     # series stored before that were not among these and stayed: a study may be gone from the server
+    changed: bool   # whether anything that is stored is different now
+
+
+def read_rows(conn: sqlite3.Connection, accession: str) -> dict[str, dict[str, tuple]]:
+    """What is stored of an accession: {table: {key: values in the order of the fields}}."""
+    def rows(table: str, columns: str) -> sqlite3.Cursor:
+        return conn.execute(f"SELECT {columns} FROM {table} WHERE {THE_ACCESSION}", (accession, accession))
+    return {table: {str(row[0]): row for row in rows(table, ", ".join(field.column for field in fields))}
+            for table, fields in TABLES.items()}
+
+
+def differences(table: str, row: dict[str, Any], stored: dict[str, dict[str, tuple]]) -> list[str]:
+    """What differs between a row and the stored one with its key.
+
+    A column of another type than ours may keep '20240427' as 20240427, which is written alike, but not '0012' as 12.
+    """
+    kept = stored[table].get(row[TABLES[table][0].column])
+    if kept is None:
+        return [f"no row in {table}"]
+    pairs = [(field.column, row[field.column], value) for field, value in zip(TABLES[table], kept, strict=True)]
+    return [f"{table}.{column}" for column, ours, value in pairs
+            if ours != value and (None in (ours, value) or str(ours) != str(value))]
+
+
+def upsert(conn: sqlite3.Connection, table: str, row: dict[str, Any], known: bool) -> None:
+    """Insert a row, or update a known one by its primary key; further columns of the user's own stay as they are.
+
+    An ON CONFLICT clause of the user's own is overruled: REPLACE would take out rows of other studies. Only there, as
+    SQLite then overrules what his triggers do, too; so does its own upsert, which is not used here.
+    """
+    columns, values = [field.column for field in TABLES[table]], [row[field.column] for field in TABLES[table]]
+    clause = "SELECT 1 FROM sqlite_master WHERE lower(name) = ? AND sql LIKE '%CONFLICT%'"
+    rule = "OR ABORT" if conn.execute(clause, (table,)).fetchone() else ""
+    if known:
+        conn.execute(f"UPDATE {rule} {table} SET {' = ?, '.join(columns)} = ? WHERE {columns[0]} = ?",
+                     [*values, values[0]])
+    else:
+        conn.execute(f"INSERT {rule} INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                     values)
+
+
+def write_rows(conn: Database, acc: str, study: dict[str, Any], series: list[dict[str, Any]], replace: bool) -> Outcome:
+    """What `store_study` does in its transaction."""
+    for row in series:
+        found = conn.execute("SELECT accession FROM series WHERE series_uid = ?", (row["series_uid"],)).fetchone()
+        if found and str(found[0]) != acc:
+            raise StudyError(f"not stored: series {row['series_uid']} of {acc} is stored under accession {found[0]} "
+                             "already; see 'One series under two accessions' in README.md")
+    before, uids = read_rows(conn, acc), {row["series_uid"] for row in series}
+    replace = replace or not before["studies"]    # series without their study's row are not a stored accession
+    missing = before["series"].keys() - uids
+    gone = missing if replace else set()
+    wanted = [("studies", study)] if replace or not missing else []
+    wanted += [("series", row) for row in series if replace or row["series_uid"] not in before["series"]]
+    changes = [(table, row) for table, row in wanted if differences(table, row, before)]
+    for uid in gone:
+        conn.execute("DELETE FROM series WHERE series_uid IS ? AND accession IS ?", before["series"][uid][:2])
+    for table, row in changes:
+        upsert(conn, table, row, row[TABLES[table][0].column] in before[table])
+    after = read_rows(conn, acc)
+    wrong = [text for table, row in wanted for text in differences(table, row, after)]
+    if wrong or after["series"].keys() != before["series"].keys() - gone | uids:
+        raise StudyError(f"not stored: database {conn.path} kept something else than was written "
+                         f"({wrong[0] if wrong else 'other series'}); change your column or trigger that does")
+    return Outcome(len(missing - gone), bool(changes or gone))
 
 
 def store_study(acc: str, conn: Database, study: dict[str, Any], series: list[dict[str, Any]],
-                replace: bool = True) -> int:
-    """Store one accession in one transaction: its row and exactly these series, gone ones out.
+                replace: bool = True) -> Outcome:
+    """Store one accession whole or not at all: its row and exactly these series, gone ones out.
 
-    Without `replace` nothing that is stored is changed or taken out, only new series come in. Returns how many stored
-    series were not among these and stayed: a study may be gone from the server, or another run was faster. Raises
-    StudyError where a series is stored under another accession already, as it is never moved, and where a constraint
-    or trigger of the user's own refuses a row.
+    Without `replace` nothing that is stored is changed or taken out, only new series come in. Raises StudyError where
+    a series is stored under another accession already, as it is never moved, and where a constraint, a trigger or the
+    type of a column of the user's own refuses or changes what is written.
     """
     with database_errors(conn.path), transaction(conn):
-        statement = "SELECT accession FROM series WHERE series_uid = ? AND accession <> ?"
-        for row in series:
-            other = conn.execute(statement, (row["series_uid"], acc)).fetchone()
-            if other:
-                raise StudyError(f"not stored: series {row['series_uid']} is stored under accession {other[0]} already")
+        return write_rows(conn, acc, study, series, replace)
+
+
+def store_studies(conn: Database, studies: Sequence[tuple[str, dict, list[dict]]],
+                  replace: bool = True) -> list[Outcome | StudyError]:
+    """Store accessions in one transaction, each as `store_study` does; one that fails is undone alone."""
+    def attempt(study: tuple[str, dict, list[dict]], alone: bool) -> Outcome | StudyError:
+        """One of them. Raises its StudyError where the transaction of all was undone (ROLLBACK)."""
         try:
-            return write_rows(acc, conn, study, series, replace)
-        except sqlite3.IntegrityError as error:
-            raise StudyError(f"not stored: database {conn.path} has a rule of your own that refuses it ({error}); "
-                             "change that column, index or trigger") from None
-
-
-class Outcome(NamedTuple):
-    stayed: int
-    changed: bool
-
-
-def store_studies(conn: Database, studies: list, replace: bool) -> list[Outcome | StudyError]:
-    outcomes: list = []
-    for acc, study, series in studies:
-        try:
-            stayed = store_study(acc, conn, study, series, replace)
-            outcomes.append(Outcome(stayed, True))
+            return store_study(study[0], conn, *study[1:], replace)
         except StudyError as error:
-            outcomes.append(error)
-    return outcomes
+            if not alone and not conn.in_transaction:
+                raise
+            return error
 
-
-def write_rows(acc: str, conn: sqlite3.Connection, study: dict[str, Any], series: list[dict[str, Any]],
-               replace: bool) -> int:
-    """What `store_study` does inside its transaction, once no other accession has one of these series."""
-    stored = {uid for (uid,) in conn.execute("SELECT series_uid FROM series WHERE accession = ?", (acc,))}
-    gone = stored - {row["series_uid"] for row in series}
-    if replace or not gone:
-        upsert(conn, "studies", study)
-    for uid in gone if replace else ():
-        conn.execute("DELETE FROM series WHERE series_uid = ?", (uid,))
-    for row in series:
-        if replace or row["series_uid"] not in stored:
-            upsert(conn, "series", row)
-    return 0 if replace else len(gone)
+    try:
+        with database_errors(conn.path), transaction(conn):
+            return [attempt(study, False) for study in studies]
+    except StudyError:
+        return [attempt(study, True) for study in studies]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1936,20 +1999,21 @@ def csv_rows(conn: Database | None, accessions: Iterable[str]) -> Iterator[tuple
     if conn is None:
         return
     columns = ", ".join([f"studies.{column}" for column in CSV_STUDY] + [f"series.{column}" for column in CSV_SERIES])
-    statement = (f"SELECT {columns} FROM studies LEFT JOIN series ON series.accession = studies.accession "
-                 "WHERE studies.accession = ? ORDER BY series_number IS NULL, series_number, series_uid")
+    studies, series = (f"(SELECT * FROM {table} WHERE {THE_ACCESSION}) AS {table}" for table in TABLES)
+    order = "series_number IS NULL, series_number, series_uid"
+    statement = f"SELECT {columns} FROM {studies} LEFT JOIN {series} ON 1 ORDER BY {order}"
     with database_errors(conn.path):
         for accession in accessions:
-            yield from execute_when_free(conn, statement, (accession,))
+            yield from execute_when_free(conn, statement, (accession,) * 4)
 
 
 def write_csv(path: str, conn: Database | None, accessions: Iterable[str]) -> None:
     """Written beside the file and moved into its place when complete; readable by its owner alone."""
     import csv
     import tempfile
-    target = os.path.realpath(path)
     temporary = None
     try:
+        target = os.path.realpath(path)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", dir=os.path.dirname(target), prefix=".",
                                          suffix=".csv", delete=False) as file:
             temporary = file.name
@@ -2350,7 +2414,7 @@ def store_ready(run: Run, ready: list[tuple[Acquisition, Fetched | StudyError]],
     """Store what is ready in one transaction and say what became of each; those to be printed."""
     fetched = [(acquisition.accession, one.study, one.series)
                for acquisition, one in ready if not isinstance(one, StudyError)]
-    outcomes = iter(store_studies(conn, fetched, run.options.force))
+    outcomes = iter(store_studies(conn, fetched, run.options.force) if fetched else ())
     printed = []
     for acquisition, one in ready:
         if finish(run, acquisition, one, one if isinstance(one, StudyError) else next(outcomes)) and acquisition.dated:
@@ -2370,14 +2434,14 @@ def finish(run: Run, acquisition: Acquisition, fetched: Fetched | StudyError, ou
     if isinstance(outcome, StudyError) or isinstance(fetched, StudyError):
         run.failure(accession, outcome)
         return False
+    if acquisition.stored is not None and not outcome.changed:    # it was fetched to be sure
+        tally.already_stored += 1
+        return False
     for level, note in fetched.notes:
         log.log(level, "%s: %s", accession, note)
     if outcome.stayed:
         log.warning("%s: %d stored series were not on the server this time and stay as they are; --force takes them "
                     "out", accession, outcome.stayed)
-    if acquisition.stored is not None and not outcome.changed:    # it was fetched to be sure
-        tally.already_stored += 1
-        return False
     tally.stored += 1
     tally.series += len(fetched.series)
     tally.skipped += fetched.skipped
@@ -2397,8 +2461,7 @@ class Parser(argparse.ArgumentParser):
     """Usage errors in one line."""
 
     def error(self, message: str):
-        message = re.sub(r"//[^/@\s]*@", "//…@", message)    # a mistyped --url can hold a password
-        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(without_passwords(message))} (see {self.prog} --help)\n")
 
 
 def integer_argument(text: str) -> int:
@@ -2477,16 +2540,38 @@ def check_url(text: str) -> tuple[str, str]:
     return url.geturl(), url.hostname
 
 
-def find_credentials(host: str, named: str | None) -> tuple[Credentials | None, str]:
-    """The netrc entry of a host, else the default one; and for messages, where they were looked up."""
-    path = named or os.environ.get("NETRC")
-    if not path:
-        path = next((place for place in ("netrc", os.path.expanduser("~/.netrc")) if os.path.exists(place)), None)
-    if not path:
-        return None, f"no netrc file: there is no ./netrc and no ~/.netrc; make one with an entry for host {host}"
-    import netrc
+def absolute(path: str, option: str) -> str:
+    """The path from the root. Raises UsageError where the working directory of a relative one was deleted."""
+    if "://" in path:
+        raise UsageError(f"{option} takes the path of a file, not a URL")    # with a password, maybe
     try:
-        entries = {name.lower(): entry for name, entry in netrc.netrc(path).hosts.items()}
+        return os.path.abspath(path)
+    except OSError:
+        raise UsageError(f"{option} {quoted(path)}: the working directory was deleted; change to another folder, or "
+                         "give the path from the root") from None
+
+
+def netrc_files(named: str | None) -> list[str]:
+    """The netrc files, the one that counts first; of the usual two those that are there."""
+    usual = filter(os.path.exists, ("netrc", os.path.expanduser("~/.netrc")))
+    return [*filter(None, (named, os.environ.get("NETRC"))), *usual]
+
+
+def find_credentials(host: str, files: list[str]) -> tuple[Credentials | None, str]:
+    """The entry of a host in the first netrc file, else its default; and for messages, where they were looked up."""
+    if not files:
+        home = "" if os.access(os.path.expanduser("~"), os.X_OK) else " (your home folder cannot be read)"
+        return None, f"no netrc file: there is no ./netrc and no ~/.netrc{home}; make one with an entry for host {host}"
+    import netrc
+    path = files[0]
+
+    class Netrc(netrc.netrc):
+        def _parse(self, file, fp, *more):
+            fp.reconfigure(encoding="utf-8-sig" if fp.encoding == "utf-8" else None)    # a BOM is not a word
+            super()._parse(file, fp, *more)    # type: ignore[misc]
+
+    try:
+        entries = {name.lower(): entry for name, entry in Netrc(path).hosts.items()}
         readable_by_others = os.stat(path).st_mode & (stat.S_IRWXG | stat.S_IRWXO)
     except netrc.NetrcParseError as error:    # its own text can quote a password
         raise UsageError(f"netrc file {path} is malformed near line {error.lineno}") from None
@@ -2502,19 +2587,23 @@ def find_credentials(host: str, named: str | None) -> tuple[Credentials | None, 
     return (login or "", password or ""), f"netrc file {path}, {which}"
 
 
-def check_csv(path: str | None, database: str) -> None:
-    """Refuse early what write_csv could not replace, or should not. Raises UsageError."""
+def check_csv(path: str | None, database: str, used: Iterable[str | int]) -> str | None:
+    """The file that --csv means, which may and can be replaced: none of those used, a number is an open file's."""
     if path is None:
-        return
+        return None
     if path == "-":
         raise UsageError("--csv needs the name of a file: standard output is for accessions only")
-    target = os.path.realpath(path)
+    target = os.path.realpath(absolute(path, "--csv"))
     if os.path.exists(target) and not os.path.isfile(target):
         raise UsageError(f"--csv {quoted(path)} is not a regular file")
-    if target in [os.path.realpath(database) + side for side in ("", "-journal", "-wal", "-shm")]:
-        raise UsageError(f"--csv {quoted(path)} is the database itself, or a file that SQLite keeps beside it")
+    beside = [target.removesuffix(side) for side in SIDES]
+    there = filter(os.path.exists, used if os.path.exists(target) else ())
+    if (os.path.realpath(database) in beside or any(map(is_database, beside))
+            or any(os.path.samefile(target, other) for other in there)):
+        raise UsageError(f"--csv {quoted(path)} is a database, or a file that this run itself uses; name another")
     if not os.path.isdir(os.path.dirname(target)) or not os.access(os.path.dirname(target), os.W_OK):
         raise UsageError(f"--csv {quoted(path)}: its folder does not exist or cannot be written")
+    return target
 
 
 def check_packages() -> None:
@@ -2538,9 +2627,10 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     url, host = check_url(arguments.url)
     if not arguments.db:
         raise UsageError("--db is empty; name a file")
-    path = os.path.abspath(arguments.db)
-    check_csv(arguments.csv, path)
-    http = Http(url, *find_credentials(host, arguments.netrc), arguments.timeout)
+    path, netrc = absolute(arguments.db, "--db"), netrc_files(arguments.netrc)
+    read = [token[1:] for token in arguments.tokens if token.startswith("@")] + [os.environ.get("SSL_CERT_FILE", "")]
+    csv = check_csv(arguments.csv, path, [__file__, *netrc, *read, 0, 1, 2])
+    http = Http(url, *find_credentials(host, netrc), arguments.timeout)
     check_packages()
     conn = open_database(path) if check_database_file(path) else None
     options = Options(arguments.force, arguments.fallback, digits_of(today))
@@ -2548,9 +2638,9 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
 
     def also_csv() -> None:
         """What exit 0 and 1 leave as CSV."""
-        if arguments.csv:
+        if csv:
             ordered = sorted(run.acquisitions.values(), key=lambda acquisition: acquisition.order)
-            write_csv(arguments.csv, conn, [acquisition.accession for acquisition in ordered])
+            write_csv(csv, conn, [acquisition.accession for acquisition in ordered])
 
     try:
         todo = plan(run, tokens, conn)

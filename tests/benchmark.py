@@ -20,6 +20,7 @@ The sections:
     large     the same with more studies
     growth    10, 100 and 1000 studies of one small series each: time and memory a study must stay level
     database  storing and skipping, into an empty database and beside a million series
+    fsync     a month of small studies on a slow disk: each fsync and fdatasync takes --fsync ms longer
 """
 import argparse
 import asyncio
@@ -52,6 +53,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 # The months that the studies are put into, so that one server serves all sections.
 MONTH, LARGE = "202404", "202405"
 GROWTH = {10: "202406", 100: "202407", 1000: "202408"}
+SYNCED = "202409"
 
 # What of the caller's environment the contenders would read.
 OURS = ("STUDY_INFO_DB", "ORTHANC_URL", "NETRC", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_COLOR")
@@ -122,6 +124,21 @@ program = runpy.run_path(sys.argv[1], run_name="not_main")
 import httpcore, httpx
 program["client_class"]()
 '''
+
+# Loaded before the C library (LD_PRELOAD): a disk that takes longer to say that it has written.
+SLOW_DISK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static int later(const char *name, int file) {
+    usleep(atoi(getenv("FSYNC_MICROSECONDS")));
+    return ((int (*)(int)) dlsym(RTLD_NEXT, name))(file);
+}
+int fsync(int file) { return later("fsync", file); }
+int fdatasync(int file) { return later("fdatasync", file); }
+"""
 
 
 def limit_body(month: str) -> str:
@@ -636,8 +653,37 @@ def forget(db: pathlib.Path, prefix: str) -> None:
         conn.commit()
 
 
+def section_fsync(bench: Bench) -> str:
+    title = f"### A slow disk: {bench.arguments.synced} studies, {bench.arguments.fsync:g} ms more for each fsync\n\n"
+    compiler, library = shutil.which("cc"), bench.folder / "slow_disk.so"
+    if not compiler or sys.platform != "linux":
+        return title + "Not measured: it takes Linux and a C compiler (cc).\n"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, "-x", "c", "-", "-ldl"], input=SLOW_DISK, text=True,
+                   check=True)
+    bench.say(f"fsync: {bench.arguments.synced} studies")
+    delays = {"as it is": 0.0, "slow": bench.arguments.fsync}
+
+    def contenders(script: pathlib.Path, prefix: str) -> Contenders:
+        def run(name: str) -> Sample:
+            environment = bench.run.environment
+            slow = {"LD_PRELOAD": str(library), "FSYNC_MICROSECONDS": str(round(1000 * delays[name]))}
+            try:
+                bench.run.environment = environment | slow
+                return bench.program(bench.server.url, SYNCED, db=prefix + "ours.db", script=script)
+            finally:
+                bench.run.environment = environment
+        return {name: lambda name=name: run(name) for name in delays}    # type: ignore[misc]
+
+    samples = alternate(bench.arguments.rounds, with_other(bench, contenders))
+    rows = [(prefix + "the month", f"{median(samples[prefix + 'as it is']):.2f}",
+             f"{median(samples[prefix + 'slow']):.2f}",
+             f"{ratio(each(samples[prefix + 'slow']), each(samples[prefix + 'as it is'])):.2f}")
+            for prefix in ("", OTHER) if prefix + "slow" in samples]
+    return title + table(["run", "s, disk as it is", "s, slow disk", "ratio"], rows)
+
+
 SECTIONS = {"start": section_start, "month": section_month, "large": section_large, "growth": section_growth,
-            "database": section_database}
+            "database": section_database, "fsync": section_fsync}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -674,6 +720,8 @@ def fill(bench: Bench, section: str) -> None:
         month, count = (MONTH, arguments.studies) if section == "month" else (LARGE, arguments.large)
         send(f"the section {section}", month_files(month, count, arguments.series, arguments.instances,
                                                    headers_of(arguments.header, arguments.rows)))
+    elif section == "fsync":
+        send("the section fsync", month_files(SYNCED, arguments.synced, 3, 1, headers_of(0, 0)))
     elif section == "growth" or section == "database" and "growth" not in arguments.sections:
         for count in growth_counts(arguments):
             send(f"{count} small studies", month_files(GROWTH[count], count, 1, 1, headers_of(0, 0)))
@@ -689,6 +737,7 @@ SIZES = {    # options: default, with --quick at most, what it counts
     "header": (100, 100, "kB of private headers in a file"),
     "growth": (1000, 100, "studies of the last step of growth"),
     "stored": (1_000_000, 20_000, "series stored beforehand"),
+    "synced": (120, 12, "studies of the section fsync"),
     "rounds": (5, 1, "measured rounds"),
 }
 
@@ -706,6 +755,8 @@ def options(argv=None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes: to see that it works")
     for name, (default, _, what) in SIZES.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"{what} (default {default})")
+    parser.add_argument("--fsync", type=float, metavar="MS", default=10.0,
+                        help="added to each fsync in the section fsync, ms (default %(default)s)")
     parser.add_argument("--latency", default="0,5",
                         help="added to each request, ms; 0 is without the relay (default %(default)s)")
     arguments = parser.parse_args(argv)

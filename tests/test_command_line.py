@@ -62,7 +62,7 @@ def archive(server):
     (["--url", "http://h/?a=b", "E1"], "ORTHANC_URL is not the address of an Orthanc server"),
     (["--netrc", "nowhere", "E1"], "netrc file nowhere cannot be read: No such file"),
     (["--csv", "nofolder/x.csv", "E1"], "--csv 'nofolder/x.csv': its folder does not exist"),
-    (["--csv", "study_info.db", "E1"], "is the database itself"),
+    (["--csv", "study_info.db", "E1"], "is a database, or a file that this run itself uses"),
     (["--csv", "-", "E1"], "--csv needs the name of a file"),
     (["--csv", "/dev/null", "E1"], "'/dev/null' is not a regular file"), (["--fo", "E1"], "--fo")])
 def test_a_usage_error_is_one_line_and_nothing_is_contacted_or_written(home, arguments, told):

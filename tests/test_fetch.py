@@ -224,7 +224,8 @@ def test_different_patient_ids_under_one_accession_are_warned_of_and_not_told(ar
 def test_a_series_stored_under_another_accession_is_never_moved(archive, home):
     ran = home.run("ECLASHA", "ECLASHB", url=archive.url, env={})
     assert ran.status == 1
-    assert f"ERROR ECLASHB: not stored: series {uid('clash a', 1)} is stored under accession ECLASHA" in ran.err
+    series = f"series {uid('clash a', 1)} of ECLASHB"
+    assert f"ERROR ECLASHB: not stored: {series} is stored under accession ECLASHA already; see 'One" in ran.err
     assert [row["accession"] for row in home.studies()] == ["ECLASHA"] and len(home.series("ECLASHA")) == 1
 
 

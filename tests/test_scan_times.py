@@ -19,6 +19,7 @@ import store_study_info as store
 SYNTAXES = {"X": ExplicitVRLittleEndian, "I": ImplicitVRLittleEndian}
 SPECTROSCOPY = "1.2.840.10008.5.1.4.1.1.4.2"
 CSA, SDS = (0x0029, "SIEMENS CSA HEADER", 0x20), (0x0021, "SIEMENS MR SDS 01", 0x19)
+MEDCOM = (0x0029, "SIEMENS MEDCOM HEADER", 0x20)
 PROTOCOL_BYTES = 100_000    # real ones have 70 to 140 kB
 
 
@@ -34,8 +35,8 @@ def add_private(ds, place, value, vr="OB", block=0x10):
 
 def text_of(total=None, repetitions=None, one=None) -> bytes:
     """A Siemens protocol's text; what is None stands not in it."""
-    lines = [f"{name}\t = \t{value}" for name, value in (
-        ("ucOneSeriesForAllMeas", one), ("lRepetitions", repetitions), ("lTotalScanTimeSec", total)) if value is not None]
+    said = {"ucOneSeriesForAllMeas": one, "lRepetitions": repetitions, "lTotalScanTimeSec": total}
+    lines = [f"{name}\t = \t{value}" for name, value in said.items() if value is not None]
     text = "\n".join(["### ASCCONV BEGIN ###", "lScanTimeSec = 7", "alRepetitionsDelayTimeMs.__attribute__.size = 64",
                       *lines, "### ASCCONV END ###"])
     return text.encode().ljust(PROTOCOL_BYTES, b" ")
@@ -123,14 +124,14 @@ TABLE = [
     siemens("a block that moved", "TA 00.04", protocol(78, block=0x12), 0, 78),
     siemens("two places, the first without a protocol", "TA 00.04",
             both(lambda ds: add_private(ds, CSA, b"nothing here"), protocol(78, place=SDS)), 0, 78),
-    siemens("another creator's element", "TA 00.04", protocol(450, place=(0x0029, "SIEMENS MEDCOM HEADER", 0x20)), 0, 0),
+    siemens("another creator's element", "TA 00.04", protocol(450, place=MEDCOM), 0, 0),
     siemens("a total of 0", "TA 00.04", protocol(0), 0, 0),
     siemens("a total of a day", "TA 00.04", protocol(86400), 0, 86400),
     siemens("a total above a day", "TA 00.04", protocol(86401), 0, 0),
     siemens("a share below a second", "TA 00.04", protocol(9, 9, 4), 0, 0),
     siemens("no total", "TA 00.04", protocol(None, 3), 0, 0),
-    siemens("VB12, which has no group 0051", None, protocol(110), None, 110, "no TA: 110 s from the protocol (0029,1020)",
-            creator=None),
+    siemens("VB12, which has no group 0051", None, protocol(110), None, 110,
+            "no TA: 110 s from the protocol (0029,1020)", creator=None),
     siemens("VB12, each measurement a series", None, protocol(330, 2, 4), None, 110, creator=None),
     siemens("a time that cannot be read", "Anon", protocol(110), None, 110),
     siemens("another creator in the time's place", "Anon", protocol(110), None, None, creator="Anon"),
@@ -259,8 +260,6 @@ def test_v_names_no_source_where_it_is_the_siemens_tag(fallback, row):
 
 
 def test_the_summary_counts_durations_by_source(fallback, plain):
-    def counted(source: str) -> int:
-        return sum(source in row.said or source in row.name for row in TABLE)
     origins = [(row.plain, row.fallback, row.name) for row in TABLE if row.fallback is not None]
     from_ge = sum(name.startswith("GE") and "Acq" not in name for _, _, name in origins)
     from_stated = sum(name.startswith("Acq") or "AcquisitionDuration before" in name for _, _, name in origins)
@@ -290,7 +289,11 @@ def test_with_fallback_the_result_is_the_same_whichever_volume_came_first(plain,
 # ------------------------------------------------------------------------------------------------------------------
 
 def picture(change=None):
-    return lambda ds: [pixels(ds, 512), change and change(ds)]
+    def added(ds):
+        pixels(ds, 512)
+        if change:
+            change(ds)
+    return added
 
 
 COSTS = {    # what --fallback costs more: requests of a series without SAR or with it
@@ -304,8 +307,8 @@ COSTS = {    # what --fallback costs more: requests of a series without SAR or w
         lambda ds: add_private(ds, CSA, b"no total"), protocol(78, place=SDS))), 0, 0), 2),
     "ECOSTGE": (other("", "GE MEDICAL SYSTEMS", picture(ge(50e6)), 0), 0),
     "ECOSTGEUN": (other("", "GE MEDICAL SYSTEMS", picture(ge_of_unknown_vr(50000008.0)), 0), 1),
-    "ECOSTGENONE": (other("", "GE MEDICAL SYSTEMS", picture(lambda ds: ds.add_new(0x00190010, "LO", "GEMS_ACQU_01")), 0),
-                    1),
+    "ECOSTGENONE": (other("", "GE MEDICAL SYSTEMS", picture(
+        lambda ds: ds.add_new(0x00190010, "LO", "GEMS_ACQU_01")), 0), 1),
     "ECOSTGENOSAR": (other("", "GE MEDICAL SYSTEMS", picture(ge_of_unknown_vr(50000008.0)), 0, sar=None), 0),
     "ECOSTCANON": (other("", "CANON_MEC", picture(), 0, PatientID="P-Müller"), 0),
     "ECOSTPHILIPS": (other("", "Philips", picture(), 0, AcquisitionDuration=35.4), 0),
@@ -360,7 +363,7 @@ class Told(store.Orthanc):
     """A server that tells these raw contents."""
 
     def __init__(self, contents: dict[str, bytes]):
-        super().__init__(None)
+        super().__init__(None)    # type: ignore[arg-type]
         self.contents = contents
 
     def instance_of(self, series):
@@ -373,7 +376,8 @@ class Told(store.Orthanc):
         return False
 
 
-numbers = st.one_of(st.integers(-2, 2 * 10 ** 5), st.sampled_from([0, 1, 59, 86400, 86401, "0x1", "0x4", "x"]), st.none())
+numbers = st.one_of(st.none(), st.integers(-2, 2 * 10 ** 5),
+                    st.sampled_from([0, 1, 59, 86400, 86401, "0x1", "0x4", "x"]))
 times = st.one_of(st.none(), st.sampled_from(["TA 00.04", "TA 00.00", "TA 06.00", "TA 59.99", "TA 99:99:99", "Anon"]),
                   st.from_regex(r"TA [0-9]{2}[.:][0-5][0-9](\*[0-9]{1,4})?", fullmatch=True))
 texts = st.one_of(st.none(), st.floats().map(str), st.floats(0, 2e4).map(str), st.floats(0, 2e10).map(str),
@@ -408,11 +412,13 @@ def test_with_fallback_a_duration_is_from_a_second_to_a_day_unless_the_siemens_t
     (b"lTotalScanTimeSec = 450\n", None, 450), (b"lTotalScanTimeSec=864", "0.04", 864),
     (b"lScanTimeSec                             = 438\n"
      b"lTotalScanTimeSec                        = 450\nlTotalScanTimeSecOther = 3\n", "0", 450),
-    (b"\0\1\xff### ASCCONV BEGIN ###\nulVersion\t = \t0x1\nlTotalScanTimeSec\t = \t17\n### ASCCONV END ###\0", None, 17),
+    (b"\0\1\xff### ASCCONV BEGIN ###\nulVersion\t = \t0x1\nlTotalScanTimeSec\t = \t17\n### ASCCONV END ###\0",
+     None, 17),
     # of a name that stands twice the first; other names do not count
     (b"lTotalScanTimeSec = 17\nlTotalScanTimeSec = 450", None, 17),
     (b"sOld.lTotalScanTimeSec = 3\nlTotalScanTimeSec = 17\nxlTotalScanTimeSec = 4", None, 17),
-    (b"lTotalScanTimeSec = 78\nlRepetitions = 0x1D", "2.4", 78), (b"lTotalScanTimeSec = 078\nlRepetitions = 09", "2", 78),
+    (b"lTotalScanTimeSec = 78\nlRepetitions = 0x1D", "2.4", 78),
+    (b"lTotalScanTimeSec = 078\nlRepetitions = 09", "2", 78),
     (b"", None, None), (b"lTotalScanTimeSec", None, None), (b"lTotalScanTimeSec = ", None, None),
     (b"lTotalScanTimeSec = -1", None, None), (b"lTotalScanTimeSec = abc", None, None),
     (b"lTotalScanTimeSec = 4.5", None, None), (b"lTotalScanTimeSec = 12x", None, None),

@@ -360,10 +360,11 @@ def test_a_study_that_cannot_be_stored_whole_is_not_stored_at_all(path, conn, st
     put(conn, "E9", (1,))
     if stored:
         put(conn, "E1", stored)
-    conn.execute(
-        f"CREATE TRIGGER own BEFORE INSERT ON series WHEN new.series_number = {fatal} AND new.accession = 'E1' "
-        "AND new.sar = 9 BEGIN SELECT RAISE(ABORT, 'not this one'); END"
-    )
+    for event in ("INSERT", "UPDATE"):
+        conn.execute(
+            f"CREATE TRIGGER own_{event} BEFORE {event} ON series WHEN new.series_number = {fatal} "
+            "AND new.accession = 'E1' AND new.sar = 9 BEGIN SELECT RAISE(ABORT, 'not this one'); END"
+        )
     before = everything(path)
     with pytest.raises(store.StudyInfoError, match="not this one"):
         store.store_study("E1", conn, study_row(age=99), [series_row(number, sar=9.0) for number in (1, 2, 3)])
@@ -450,7 +451,8 @@ def test_without_replace_nothing_that_is_stored_is_changed_or_taken_out(path, co
     put(conn, "E1", (1, 2))
     before = everything(path)
     came = [series_row(2, sar=9.0), series_row(3)]
-    assert store.store_study("E1", conn, study_row(age=99, study_date="20240428"), came, False) == 1
+    row = study_row(age=99, study_date="20240428")
+    assert store.store_study("E1", conn, row, came, False) == store.Outcome(stayed=1, changed=True)
     assert everything(path) == {"studies": before["studies"], "series": [*before["series"], tuple(came[1].values())]}
 
 
@@ -460,7 +462,7 @@ def test_without_replace_more_series_come_in_and_the_study_is_described_anew(pat
     before = everything(path)
     came = [series_row(1, sar=9.0), series_row(2), series_row(3)]
     row = study_row(age=41, study_date="20240426")
-    assert store.store_study("E1", conn, row, came, False) == 0
+    assert store.store_study("E1", conn, row, came, False) == store.Outcome(stayed=0, changed=True)
     assert everything(path) == {
         "studies": [tuple(row.values())],
         "series": [*before["series"], tuple(came[2].values())],
