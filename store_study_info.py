@@ -1476,22 +1476,51 @@ class Fetched(NamedTuple):
     notes: list[tuple[int, str]]    # (logging level, sentence)
 
 
-class Wanted(NamedTuple):
-    """An accession to fetch, and what is known of it."""
+class Acquisition:
+    """One accession of this run, and why."""
 
-    accession: str
-    studies: list[Study]    # that a token found
-    all_known: bool         # whether it is known that there are no others
+    __slots__ = ("accession", "stored", "named", "dated", "dates", "studies", "all_known", "failed")
+
+    def __init__(self, accession: str, stored: str | None):
+        self.accession = accession
+        self.stored = stored                    # its stored study date; None: not stored, or to be stored again
+        self.named = self.dated = False         # by its own token, by a date token
+        self.dates: set[str] = set()            # study dates that the server has it on, as far as it was asked
+        self.studies: dict[str, Study] = {}     # by Orthanc ID, where they are needed
+        self.all_known = self.failed = False    # whether the studies are all that there are; cannot be had
+
+    @property
+    def needed(self) -> bool:
+        """Whether it is to be fetched: not stored, or stored with a date that no date token found it on."""
+        return not self.failed and (self.stored is None or self.dated and self.stored not in self.dates)
+
+    @property
+    def order(self) -> tuple[str, str]:
+        """Key to sort by study date, an unknown one last, then by accession."""
+        return min(self.dates, default=self.stored or "99999999"), self.accession
 
     @property
     def plain(self) -> bool:
         """Whether it can be asked for by its name."""
-        return PLAIN.fullmatch(self.accession) is not None and not any(study.padded for study in self.studies)
+        return PLAIN.fullmatch(self.accession) is not None and not any(one.padded for one in self.studies.values())
 
     @property
     def by_name(self) -> bool:
         """Whether its series can be asked for by its name, with others in one find."""
-        return self.plain and any(study.answers_tags for study in self.studies)
+        return self.plain and any(study.answers_tags for study in self.studies.values())
+
+    @property
+    def series_count(self) -> int:
+        """How many series its studies have, as far as they are known."""
+        return sum(study.series for study in self.studies.values())
+
+    def take(self, studies: Iterable[Study]) -> None:
+        """Studies that the server has of it."""
+        for study in studies:
+            if study.date:
+                self.dates.add(study.date)
+            if self.stored is None or self.all_known:
+                self.studies[study.id] = study
 
 
 Answer = tuple[list[Series], bool]    # the series of an accession, and whether some may be missing
@@ -1511,14 +1540,14 @@ def ask_together(ask: Callable[[list[str]], dict[str, Any]], accessions: list[st
     return answers
 
 
-def fetch_together(orthanc: Orthanc, group: list[Wanted], options: Options) -> list[Fetched | StudyError]:
+def fetch_together(orthanc: Orthanc, group: list[Acquisition], options: Options) -> list[Fetched | StudyError]:
     """Everything of some accessions, whose series are asked for together; each is fetched or fails for itself."""
     def ask(accessions: list[str]) -> dict[str, Answer]:
         """The series of these accessions by one find."""
         try:
             series, cut = orthanc.series_of({"AccessionNumber": "\\".join(accessions)}, options.tags)
         except StudyError:
-            orthanc.ask_for_fewer(sum(study.series for wanted in group for study in wanted.studies))
+            orthanc.ask_for_fewer(sum(wanted.series_count for wanted in group))
             raise
         names = [get_element(one.header, ACCESSION) for one in series]
         return {accession: ([one for one, name in zip(series, names, strict=True) if name == accession], cut)
@@ -1534,7 +1563,8 @@ def fetch_together(orthanc: Orthanc, group: list[Wanted], options: Options) -> l
     return fetched
 
 
-def fetch_accession(orthanc: Orthanc, wanted: Wanted, answer: Answer | StudyError | None, options: Options) -> Fetched:
+def fetch_accession(orthanc: Orthanc, wanted: Acquisition, answer: Answer | StudyError | None,
+                    options: Options) -> Fetched:
     """Everything of one accession, from however many studies. Raises StudyError where it may not be stored."""
     if isinstance(answer, StudyError):
         raise answer
@@ -1549,20 +1579,18 @@ def fetch_accession(orthanc: Orthanc, wanted: Wanted, answer: Answer | StudyErro
     return _process_study(orthanc, wanted.accession, with_headers(orthanc, studies, images), warnings, options)
 
 
-def all_series(orthanc: Orthanc, wanted: Wanted, answer: Answer | None,
+def all_series(orthanc: Orthanc, wanted: Acquisition, answer: Answer | None,
                options: Options) -> tuple[list[Study], list[Series]]:
     """All studies and all series of an accession, in order, checked against each study's own count of series.
 
     Its other studies are asked for where the series that came show, or may hide, others than the known ones.
     """
-    studies, all_known = wanted.studies, wanted.all_known
-    if answer is None and not all_known:
-        studies, all_known = every_study(orthanc, wanted), True
+    studies = list(wanted.studies.values())
     if answer is None and any(study.answers_tags for study in studies):
         answer = orthanc.series_of({"StudyInstanceUID": uid_list(studies)}, options.tags)
     found, cut = answer or ([], False)
     series = [one for one in found if get_element(one.header, ACCESSION) == wanted.accession]
-    if not all_known and (cut or {one.study for one in series} != {study.id for study in studies}):
+    if not wanted.all_known and (cut or {one.study for one in series} != {study.id for study in studies}):
         studies = every_study(orthanc, wanted)
     if is_incomplete(studies, series):
         if answer is not None:
@@ -1573,7 +1601,7 @@ def all_series(orthanc: Orthanc, wanted: Wanted, answer: Answer | None,
     return in_study_order(studies, series)
 
 
-def every_study(orthanc: Orthanc, wanted: Wanted) -> list[Study]:
+def every_study(orthanc: Orthanc, wanted: Acquisition) -> list[Study]:
     """All studies of an accession as they are now."""
     accession = wanted.accession
     found = orthanc.studies_of([accession])[accession] if wanted.plain else orthanc.studies_like(accession)
@@ -2181,48 +2209,6 @@ def aside(work: Callable, *arguments: Any) -> Any:
 # The run: from tokens to accessions, fetch, store, report
 # ------------------------------------------------------------------------------------------------------------------
 
-class Acquisition:
-    """One accession of this run, and why."""
-
-    __slots__ = ("accession", "stored", "named", "dated", "dates", "studies", "all_known")
-
-    def __init__(self, accession: str, stored: str | None):
-        self.accession = accession
-        self.stored = stored                    # its stored study date; None: not stored, or to be stored again
-        self.named = self.dated = False         # by its own token, by a date token
-        self.dates: set[str] = set()            # study dates that the server has it on, as far as it was asked
-        self.studies: dict[str, Study] = {}     # by Orthanc ID, where they are needed
-        self.all_known = False                  # whether it was asked by its name, so that there are no others
-
-    @property
-    def needed(self) -> bool:
-        """Whether it is to be fetched: not stored, or stored with a date that no date token found it on."""
-        return self.stored is None or self.dated and self.stored not in self.dates
-
-    @property
-    def series(self) -> int:
-        """How many series its studies have, as far as they are known."""
-        return sum(study.series for study in self.studies.values())
-
-    @property
-    def order(self) -> tuple[str, str]:
-        """Key to sort by study date, an unknown one last, then by accession."""
-        return min(self.dates, default=self.stored or "99999999"), self.accession
-
-    @property
-    def wanted(self) -> Wanted:
-        """What is to be fetched."""
-        return Wanted(self.accession, list(self.studies.values()), self.all_known)
-
-    def take(self, studies: Iterable[Study]) -> None:
-        """Studies that the server has of it."""
-        for study in studies:
-            if study.date:
-                self.dates.add(study.date)
-            if self.stored is None:
-                self.studies[study.id] = study
-
-
 class Tally:
     """What the summary counts."""
 
@@ -2279,11 +2265,10 @@ def plan(run: Run, tokens: list[Accession | Dates], conn: Database | None) -> li
     with progress_bar(sum(1 for token in dates for _ in months_of(token)), "month") as advance:
         for token in dates:
             process_date_arg(token, conn, run, advance)
-    look_up_named(run)
     todo = [acquisition for acquisition in run.acquisitions.values() if acquisition.needed]
     run.tally.already_stored += len(run.acquisitions) - len(todo)
-    known = [acquisition for acquisition in todo if acquisition.studies or acquisition.dated]
-    return sorted(known, key=lambda acquisition: acquisition.order)
+    look_up(run, [acquisition for acquisition in todo if not (acquisition.dated and acquisition.by_name)])
+    return sorted((one for one in todo if not one.failed), key=lambda acquisition: acquisition.order)
 
 
 def process_date_arg(token: Dates, conn: Database | None, run: Run, advance: Callable[[], Any]) -> None:
@@ -2314,89 +2299,71 @@ def list_dates(run: Run, first: datetime.date, last: datetime.date) -> list[Stud
     return studies
 
 
-def look_up_named(run: Run) -> None:
-    """Ask for the studies of the accessions that were named and found by no date. One without any is a failure."""
-    named = [acquisition for acquisition in run.acquisitions.values()
-             if acquisition.named and not acquisition.dated and acquisition.needed]
-    if not named:
+def look_up(run: Run, acquisitions: list[Acquisition]) -> None:
+    """Ask for all studies of accessions: of those that were named, and those whose series no find tells by name."""
+    if not acquisitions:
         return
     aside(lambda: run.orthanc.extended)    # the first contact, before several threads make it
+    size = int(min(LOOKED_UP_TOGETHER, run.orthanc.uncut_below - 1 or LOOKED_UP_TOGETHER))
+    chunks = [acquisitions[start:start + size] for start in range(0, len(acquisitions), size)]
 
-    def look_up(chunk: list[Acquisition]) -> dict[str, Any]:
+    def ask(accessions: list[str]) -> dict[str, Found]:
+        """In a thread: those that are plain by one find."""
+        plain = [accession for accession in accessions if run.acquisitions[accession].plain]
+        found = run.orthanc.studies_of(plain) if plain else {}
+        return found | {accession: run.orthanc.studies_like(accession) for accession in accessions
+                        if accession not in found}
+
+    def ask_for(chunk: list[Acquisition]) -> dict[str, Any]:
         """In a thread: what the server has of each."""
-        return ask_together(run.orthanc.studies_of, [acquisition.accession for acquisition in chunk])
+        return ask_together(ask, [acquisition.accession for acquisition in chunk])
 
-    with (progress_bar(len(named)) as advance,
-          contextlib.closing(in_order(look_up, chunks(run, named), run.jobs)) as ready):
+    with (progress_bar(len(acquisitions)) as advance,
+          contextlib.closing(in_order(ask_for, chunks, run.jobs)) as ready):
         for chunk, answers in itertools.chain.from_iterable(ready):
             for acquisition in chunk:
-                take_named(run, acquisition, answers[acquisition.accession])
+                take_found(run, acquisition, answers[acquisition.accession])
                 advance()
 
 
-def take_named(run: Run, acquisition: Acquisition, found: Found | StudyError) -> None:
-    """The studies of a named accession, or what is said where there are none."""
+def take_found(run: Run, acquisition: Acquisition, found: Found | StudyError) -> None:
+    """All studies of an accession. It is a failure where there are none or they cannot be had."""
+    accession = acquisition.accession
     if isinstance(found, StudyError):
-        run.failure(acquisition.accession, found)
+        run.failure(accession, found)
+        acquisition.failed = True
         return
     studies, near = found
-    acquisition.take(studies)
+    acquisition.studies.clear()
     acquisition.all_known = True
-    if not studies:
+    acquisition.take(studies)
+    if not studies and not acquisition.dated:
         like = f" (the server has {', '.join(sorted(set(near))[:3])})" if near else ""
-        run.failure(acquisition.accession, f"there is no such accession on {run.orthanc.http.url}{like}")
-
-
-def chunks(run: Run, acquisitions: list[Acquisition]) -> Iterator[list[Acquisition]]:
-    """As many as are looked up together; fewer where the server would cut the answer."""
-    todo = iter(acquisitions)
-    size = int(min(LOOKED_UP_TOGETHER, run.orthanc.uncut_below - 1 or LOOKED_UP_TOGETHER))
-    while chunk := list(itertools.islice(todo, size)):
-        yield chunk
+        run.failure(accession, f"there is no such accession on {run.orthanc.http.url}{like}")
+        acquisition.failed = True
 
 
 def groups(run: Run, todo: list[Acquisition]) -> Iterator[list[Acquisition]]:
     """The accessions of a run in the groups that are fetched by a thread each; no thread is left without work.
 
-    Those whose series can be asked for by name share a find, as far as they and the server are quick. On older
-    servers each is fetched alone, and many are asked together for their other studies when their turn comes.
+    Those whose series can be asked for by name share a find, as far as they and the server are quick.
     """
     share = min(TOGETHER, math.ceil(len(todo) / run.jobs))
-    for by_name, neighbours in itertools.groupby(todo, lambda acquisition: acquisition.wanted.by_name):
-        if not by_name:
-            for chunk in chunks(run, list(neighbours)):
-                look_up_others(run, chunk)
-                yield from ([acquisition] for acquisition in chunk)
-            continue
-        group: list[Acquisition] = []
-        for acquisition in neighbours:
-            most = min(run.orthanc.learnt.series_together, run.orthanc.uncut_below - 1)
-            if group and (len(group) == share or sum(one.series for one in [*group, acquisition]) > most):
-                yield group
-                group = []
-            group.append(acquisition)
+    group: list[Acquisition] = []
+    for acquisition in todo:
+        most = min(run.orthanc.learnt.series_together, run.orthanc.uncut_below - 1)
+        series = sum(one.series_count for one in [*group, acquisition])
+        if group and (len(group) == share or series > most or not (acquisition.by_name and group[0].by_name)):
+            yield group
+            group = []
+        group.append(acquisition)
+    if group:
         yield group
-
-
-def look_up_others(run: Run, chunk: list[Acquisition]) -> None:
-    """Ask for all studies of some accessions together. Where that fails, each is asked for when it is fetched."""
-    names = [acquisition.accession for acquisition in chunk
-             if not acquisition.all_known and acquisition.wanted.plain]
-    if len(names) < 2:
-        return
-    with contextlib.suppress(StudyError):
-        answers = aside(run.orthanc.studies_of, names)
-        for accession in names:
-            run.acquisitions[accession].studies = {study.id: study for study in answers[accession][0]}
-            run.acquisitions[accession].all_known = True
 
 
 def fetch_and_store(run: Run, todo: list[Acquisition], conn: Database, out: Callable[[str], None]) -> None:
     """Fetch side by side, store and print in order."""
-    def fetch(group: list[Acquisition]) -> list[Fetched | StudyError]:
-        """In a thread: everything of some accessions."""
-        return fetch_together(run.orthanc, [acquisition.wanted for acquisition in group], run.options)
-
+    fetch = functools.partial(fetch_together, run.orthanc, options=run.options)
     run.tally.not_reached = len(todo)
     if run.tally.already_stored and (run.options.fallback or log.level == logging.DEBUG):
         log.log(SUMMARY, "%d accessions are stored already and are not read again; --force does that",

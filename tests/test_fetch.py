@@ -1,5 +1,7 @@
 """What ends up in the database, from a real Orthanc: the program run as its users run it."""
+import contextlib
 import re
+import sqlite3
 
 import pytest
 from conftest import on_one_day
@@ -188,10 +190,40 @@ def test_an_accession_split_over_midnight_is_always_whole(archive, home, runs):
     assert [row["study_date"] for row in home.studies() if row["accession"] == "ESPLIT"] == ["20240430"]
 
 
-def test_a_stored_accession_is_acquired_again_when_its_date_is_none_that_was_found(archive, home):
+def test_a_stored_accession_is_fetched_again_when_its_date_is_none_that_was_found(archive, home):
+    """Where that brings nothing else than what is stored, it counts as already stored and is not printed."""
     home.run("20240430", url=archive.url)
+    again = home.run("20240501", url=archive.url)
+    assert (again.status, again.printed) == (0, []) and "studies: 0 stored, 1 already stored" in again.summary
+    with contextlib.closing(sqlite3.connect(home.db)) as conn, conn:
+        conn.execute("DELETE FROM series WHERE series_uid = (SELECT min(series_uid) FROM series)")
     assert home.run("20240501", url=archive.url).printed == ["ESPLIT"]
     assert home.run("20240430", "20240501", url=archive.url).printed == []
+
+
+def test_an_accession_whose_mr_study_is_of_another_date_settles(fresh, home):
+    """CT on the 30th, MR on the 1st: the stored date is never that of the token."""
+    server = fresh()
+    server.upload(instance("ETWO", study="ct", StudyDate="20240430", Modality="CT", sar=None, ta=None),
+                  instance("ETWO", study="mr", StudyDate="20240501"))
+    server.settle()
+    assert home.run("20240430", url=server.url).printed == ["ETWO"]
+    with Proxy(server.url) as proxy:
+        again = home.run("20240430", url=proxy.url)
+        told = [kind for kind in proxy.kinds if kind in ("find series", "series", "tags")]
+        assert len(proxy.requests) <= (5 if server.answers_tags else 9), proxy.kinds
+    assert (again.status, again.printed) == (0, []) and "studies: 0 stored, 1 already stored" in again.summary
+    assert told and again.err.count("WARNING") == 0
+
+
+def test_patient_ids_are_those_of_all_studies_also_without_mr_series(fresh, home):
+    server = fresh()
+    server.upload(instance("EPAIR", study="ct", PatientID="P-1", Modality="CT", sar=None, ta=None),
+                  instance("EPAIR", study="mr", PatientID="P-2"))
+    server.settle()
+    ran = home.run("EPAIR", url=server.url)
+    assert ran.status == 0 and "WARNING EPAIR: its studies have 2 different patient IDs" in ran.err
+    assert "P-1" not in ran.err and home.studies()[0]["patient_id"] == "P-2"
 
 
 def test_an_accession_with_a_wildcard_is_stored_without_the_others_that_it_matches(archive, home):

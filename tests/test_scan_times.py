@@ -335,7 +335,7 @@ def test_fallback_costs_a_request_where_it_reads_a_protocol_or_ge_s_bytes_and_no
     assert taken < 2000 + (PROTOCOL_BYTES if more else 0), "an image would be 524,288"
 
 
-@pytest.mark.parametrize("place", [2, 5])
+@pytest.mark.parametrize("place", [2, 5, 6])
 def test_the_protocol_gets_its_requests_also_where_the_second_look_was_dear(server, home, place):
     """The first instances are of a private class; within six requests in all."""
     def odd(ds):
@@ -352,7 +352,8 @@ def test_the_protocol_gets_its_requests_also_where_the_second_look_was_dear(serv
         proxy.forget()
         home.run("--fallback", f"EDEAR{place}", url=proxy.url)
         assert len(proxy.requests) - usual <= 6
-    assert [row["duration"] for row in home.series(f"EDEAR{place}")] == [450]
+    stored = [row["duration"] for row in home.series(f"EDEAR{place}")]
+    assert stored == [450] or place == 6 and not server.extended and not stored, "rather no number than a wrong one"
 
 
 # ------------------------------------------------------------------------------------------------------------------
