@@ -26,12 +26,13 @@ tokens:
   20240401-20240415         a range of days, ends included
   202401-202403, 202401-    a range of months; until today
   yesterday, today          in local time
+  7days                     the seven days before today; any number of days
   @FILE, @-                 more tokens, one a line; from standard input
 
 examples:
   store_study_info.py E12345
   store_study_info.py --db sar.db 202404
-  store_study_info.py -q yesterday
+  store_study_info.py -q 7days
   store_study_info.py --csv april.csv 20240401-20240415
   store_study_info.py --force E12345 E12346
 
@@ -39,6 +40,7 @@ environment:
   STUDY_INFO_DB             the database, where --db is not given
   ORTHANC_URL               the server, where --url is not given
   NETRC                     the netrc file, where --netrc is not given
+  STUDY_INFO_PREFIX         the prefix, where --prefix is not given
   SSL_CERT_FILE             certificate authorities to trust with https
 
 exit status:
@@ -88,6 +90,7 @@ __version__ = "1.0.0"
 
 HOST = "micvna.mclean.harvard.edu"
 PORT = 8042
+PREFIX = "E"              # of the accession numbers that count; empty: all of them
 DEFAULT_URL = f"http://{HOST}:{PORT}"
 DEFAULT_DB = "study_info.db"
 DEFAULT_JOBS = 4          # more clients at once gain nothing: Orthanc parses DICOM with two threads
@@ -121,8 +124,12 @@ LONGEST_SCAN = 86400        # what comes to more than a day is not a scan's
 LONGEST_STATED = 10800      # and by other tags than Siemens': 3 hours, as the longest seen is 1280 s
 LONGEST_PARTIAL = 60        # from here on the Siemens acquisition time is that of all measurements
 
+REPEATED = 20    # failures that a terminal shows once more at the end, at most
+
 SUMMARY = 25    # a log level above that of single studies, which a terminal with a progress bar does not show
+FAILED = 31     # that of a summary with failures
 logging.addLevelName(SUMMARY, "INFO")
+logging.addLevelName(FAILED, "WARNING")
 log = logging.getLogger("store_study_info")
 
 
@@ -137,7 +144,7 @@ def printable(text: str) -> str:
 
 def without_passwords(text: str) -> str:
     """Text without the URLs that hold a user or password: all from '://' to the last '@', as slashes occur in both."""
-    return re.sub(r"\S*://.*@\S*", "…", text, flags=re.DOTALL)
+    return re.sub(r"\S*://.*@\S*|[^\s/:'=]+:\S*@", "…", text, flags=re.DOTALL)
 
 
 def quoted(text: str) -> str:
@@ -174,10 +181,6 @@ class RunError(StudyInfoError):
 
 class DatabaseError(RunError):
     """The database cannot be read or written."""
-
-
-class OutputClosed(StudyInfoError):
-    """The reader of stdout is gone: the run ends quietly."""
 
 
 class StudyError(StudyInfoError):
@@ -431,52 +434,97 @@ class Dates(NamedTuple):
     last: datetime.date     # included
 
 
-TOKEN_HELP = ("an accession number, which begins with a capital E (E12345), a day (YYYYMMDD), a month (YYYYMM), "
-              "a range of days or months (YYYYMMDD-YYYYMMDD, YYYYMM-YYYYMM, open at the end: YYYYMM-), yesterday, "
-              "today or @FILE")
-
 # What Orthanc matches as it stands: * and ? are wildcards and \ makes a list, with which it would answer with other
 # patients' studies. A named accession is always plain, the server's own need not be.
 PLAIN = re.compile(r"[A-Za-z0-9._/ -]+")
 UNSAFE = re.compile(r"[^A-Za-z0-9._/ -]")
+SECRET = re.compile(r"://|.@", re.DOTALL)    # a password could stand there
 _DATES = re.compile(r"(\d{8})(?:(-)(\d{8})?)?|(\d{6})(?:(-)(\d{6})?)?", re.ASCII)
+_DAYS = re.compile(r"[+-]?\d+ ?days?", re.ASCII | re.IGNORECASE)    # however 7days could be written
 
 
-def parse_token(token: str, today: datetime.date) -> Accession | Dates:
-    """One token, @FILE excepted -> what it means. Raises UsageError with the token and what is allowed.
+def parse_token(token: str, today: datetime.date, prefix: str = PREFIX) -> Accession | Dates:
+    """One token, @FILE excepted -> what it means. Raises UsageError with the token and its likeliest meaning.
 
     >>> parse_token("E12345", datetime.date(2024, 5, 2))
     Accession(text='E12345')
-    >>> parse_token("202402-", datetime.date(2024, 5, 2))[1:]
-    (datetime.date(2024, 2, 1), datetime.date(2024, 5, 2))
+    >>> parse_token("7days", datetime.date(2024, 5, 2))[1:]
+    (datetime.date(2024, 4, 25), datetime.date(2024, 5, 1))
     """
-    if len(token) > 1 and token[0] == "E" and token[-1] != " " and PLAIN.fullmatch(token):
-        return Accession(token)
-    if token in ("today", "yesterday"):
-        day = today - datetime.timedelta(days=token == "yesterday")
-        return Dates(token, day, day)
-    match = _DATES.fullmatch(token)
-    if not match:
-        raise UsageError(f"token {quoted(token)} is not understood; allowed are {TOKEN_HELP}")
-    start, dash, end = match.group(1, 2, 3) if match[1] else match.group(4, 5, 6)
-    first, last = span_of(start, token)
-    if dash:
-        last = span_of(end, token)[1] if end else today
-    if first > last:
-        until = "" if end else f": today is {digits_of(today)}"
-        raise UsageError(f"range {quoted(token)} ends before it starts{until}; allowed are {TOKEN_HELP}")
-    return Dates(token, first, last)
-
-
-def span_of(digits: str, token: str) -> tuple[datetime.date, datetime.date]:
-    """First and last day of YYYYMM or YYYYMMDD. Raises UsageError, which names the token that they are of."""
-    year, month, day = int(digits[:4]), int(digits[4:6]), digits[6:]
     try:
-        first = datetime.date(year, month, int(day or 1))
-    except ValueError:
-        wrong = f"{digits} is not a {'day' if day else 'month'} of the calendar"
-        raise UsageError(f"token {quoted(token)}: {wrong}; allowed are {TOKEN_HELP}") from None
-    return first, first if day else month_end(first)
+        if meaning := meaning_of(token, today, prefix):
+            return meaning
+        wrong = likeliest(token, today, prefix)
+    except ValueError as error:
+        wrong = str(error)
+    shown = token if PLAIN.fullmatch(token) and len(token) <= 60 else quoted(token)
+    raise UsageError(f"{'a token that could hold a password' if SECRET.search(token) else shown}: {wrong}")
+
+
+def meaning_of(token: str, today: datetime.date, prefix: str) -> Accession | Dates | None:
+    """What has the form of a date is one, whatever the prefix. Raises ValueError, which says what is wrong with it."""
+    if match := _DATES.fullmatch(token):
+        start, dash, end = match.group(1, 2, 3) if match[1] else match.group(4, 5, 6)
+        first, last = span_of(start)
+        if dash:
+            last = span_of(end)[1] if end else today
+        if first > last:
+            raise ValueError("it ends before it starts" + ("" if end else f": today is {digits_of(today)}"))
+        return Dates(token, first, last)
+    if re.fullmatch(r"today|yesterday|[1-9]\d{0,3}days", token, re.ASCII):
+        days = int(token[:-4]) if token[0].isdigit() else int(token == "yesterday")
+        if days >= today.toordinal():
+            raise ValueError("it starts before the calendar does")
+        return Dates(token, today - datetime.timedelta(days), today - datetime.timedelta(min(days, 1)))
+    named = token.startswith(prefix) and token != prefix and token.strip(" ") == token and PLAIN.fullmatch(token)
+    return Accession(token) if named and not _DAYS.fullmatch(token) else None
+
+
+def span_of(digits: str) -> tuple[datetime.date, datetime.date]:
+    """First and last day of YYYYMM or YYYYMMDD. Raises ValueError, which says what the calendar does not have."""
+    year, month, day = int(digits[:4]), int(digits[4:6]), int(digits[6:] or 1)
+    if not 1 <= month <= 12:
+        raise ValueError(f"there is no month {month}")
+    last = month_end(datetime.date(year, month, 1))
+    if not 1 <= day <= last.day:
+        raise ValueError(f"{calendar.month_name[month]}{f' {year}' if month == 2 else ''} has {last.day} days")
+    return last.replace(day=day), last.replace(day=day) if digits[6:] else last
+
+
+def beginning(prefix: str) -> str:
+    """What accessions begin with, in a sentence."""
+    return f"a capital {prefix}" if re.fullmatch("[A-Z]", prefix) else f"'{prefix}'"
+
+
+def likeliest(token: str, today: datetime.date, prefix: str) -> str:
+    """Of a token that is not understood its likeliest meaning, or what is allowed. Raises ValueError as span_of does.
+
+    >>> likeliest("e123", datetime.date(2024, 5, 2), "E"), likeliest("June", datetime.date(2024, 5, 2), "E")
+    ('accession numbers begin with a capital E: E123?', 'write 202306')
+    """
+    text, begins = token.strip(), token.strip().lower().startswith(prefix.lower())
+    for found, wrong in (
+            (SECRET.search(token), "the server's address goes after --url, a password into a netrc file"),
+            (re.search(r"[*?\\]", token), "wildcards are not allowed"),
+            (_DAYS.fullmatch(text), "days before today are written 7days, with a number from 1 to 9999")):
+        if found:
+            return wrong
+    guesses = [text, text.lower(), re.sub(r" *(-+|:|\.\.) *", "-", text)]
+    if re.fullmatch(r"(19|20)\d\d([-./]\d\d?){1,2}", text):
+        guesses.insert(0, "".join(part.zfill(2) for part in re.split("[-./]", text)))
+    if name := re.fullmatch(r"([a-z]{3,9})\.? ?(\d{4})?", text.lower(), re.ASCII):
+        guesses += [f"{name[2] or today.year - (month > today.month):04}{month:02}" for month in range(1, 13)
+                    if calendar.month_name[month].lower().startswith(name[1])]
+    if begins or text.isdigit():
+        guesses.append(prefix + (text[len(prefix):] if begins else text))
+    for guess in guesses:
+        meaning = meaning_of(guess, today, prefix)
+        if meaning:
+            plainly = isinstance(meaning, Dates) or guess == text
+            return f"write {guess}" if plainly else f"accession numbers begin with {beginning(prefix)}: {guess}?"
+    if token.startswith(prefix):
+        return "an accession number goes on with letters, digits, blanks inside or . _ - /"
+    return f"accession numbers begin with {beginning(prefix)}; days are written {digits_of(today)}, months 202404"
 
 
 def month_end(day: datetime.date) -> datetime.date:
@@ -484,13 +532,14 @@ def month_end(day: datetime.date) -> datetime.date:
     return day.replace(day=calendar.monthrange(day.year, day.month)[1])
 
 
-def expand_tokens(tokens: Iterable[str], today: datetime.date, stdin=None) -> list[Accession | Dates]:
+def expand_tokens(tokens: Iterable[str], today: datetime.date, stdin=None,
+                  prefix: str = PREFIX) -> list[Accession | Dates]:
     """All tokens checked, files read, double ones dropped. Raises UsageError."""
     meant: dict[Accession | Dates, None] = {}
     for token in tokens:
         for place, text in token_lines(token[1:], stdin) if token.startswith("@") else [("", token)]:
             try:
-                meant[parse_token(text, today)] = None
+                meant[parse_token(text, today, prefix)] = None
             except UsageError as error:
                 raise UsageError(f"{place}{error}") from None
     return list(meant)
@@ -503,6 +552,7 @@ def token_lines(name: str, stdin=None) -> Iterator[tuple[str, str]]:
     >>> list(token_lines("-", io.BytesIO(b"E1  # knee\\r\\n\\n# April\\n202404")))
     [('@-, line 1: ', 'E1'), ('@-, line 4: ', '202404')]
     """
+    file_name = "@…" if SECRET.search("@" + name) else "@" + name
     try:
         if name == "-":
             if not (stdin or sys.stdin):
@@ -513,12 +563,12 @@ def token_lines(name: str, stdin=None) -> Iterator[tuple[str, str]]:
                 data = file.read()
         lines = re.split(r"\r\n|\n|\r", data.decode("utf-8-sig"))     # splitlines() would cut at control characters too
     except (OSError, ValueError) as error:
-        raise UsageError(f"token file @{name} cannot be read: {reason_of(error)}") from None
+        raise UsageError(f"token file {file_name} cannot be read: {reason_of(error)}") from None
     for count, line in enumerate(lines, 1):
         token = re.split(r"(?:^|[ \t])#", line, maxsplit=1)[0].strip(" \t")
-        place = f"@{name}, line {count}: "
+        place = f"{file_name}, line {count}: "
         if token.startswith("@"):
-            raise UsageError(f"{place}{quoted(token)} is not allowed here: a token file names no other token file")
+            raise UsageError(f"{place}@ is not allowed here: a token file names no other token file")
         if token:
             yield place, token
 
@@ -1032,19 +1082,22 @@ class Orthanc:
             self.learnt.complete_below = max(self.learnt.complete_below, math.inf if seen >= total else seen)
         return len(studies) >= self.learnt.complete_below
 
-    def studies_between(self, first: datetime.date, last: datetime.date) -> tuple[list[Study], list[datetime.date]]:
-        """The studies of accessions in E* from first to last, and the days that may be incomplete."""
+    def studies_between(self, first: datetime.date, last: datetime.date,
+                        prefix: str) -> tuple[list[Study], list[datetime.date]]:
+        """The studies from first to last whose accession begins with prefix, and the days that may be incomplete."""
         low, high = digits_of(first), digits_of(last)
-        # E* never returns an accession that is kept with a leading blank; the exact day costs half of a range on 1.10.
-        query = {"AccessionNumber": "*E*", "StudyDate": low if low == high else f"{low}-{high}"}
+        # Without the first * no accession that is kept with a leading blank; the exact day is half the cost on 1.10.
+        query = {"AccessionNumber": f"*{prefix}*" if prefix else "*",
+                 "StudyDate": low if low == high else f"{low}-{high}"}
         studies, complete = self.find_studies(query)
-        studies = [study for study in studies if study.accession.startswith("E") and low <= study.date <= high]
+        studies = [study for study in studies
+                   if study.accession and study.accession.startswith(prefix) and low <= study.date <= high]
         if complete:
             return studies, []
         if first == last:
             return studies, [first]
         days = map(datetime.date.fromordinal, range(first.toordinal(), last.toordinal() + 1))
-        answers = [self.studies_between(day, day) for day in days]
+        answers = [self.studies_between(day, day, prefix) for day in days]
         return [study for found, _ in answers for study in found], [day for _, doubtful in answers for day in doubtful]
 
     def studies_of(self, accessions: list[str]) -> dict[str, Found]:
@@ -1459,6 +1512,7 @@ class Options(NamedTuple):
     force: bool = False
     fallback: bool = False
     today: str = ""     # YYYYMMDD
+    prefix: str = PREFIX
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -1682,7 +1736,7 @@ def warnings_about(studies: list[Study], series: list[Series], today: str) -> It
     if len(patients) > 1:
         yield f"its studies have {len(patients)} different patient IDs; the study row is of the earliest with MR series"
     if any(study.date == today for study in studies):
-        yield "stored on its own study date, more series may still come; --force acquires it again"
+        yield "stored on its own study date, more series may still come; --force fetches it again"
 
 
 def _process_series(orthanc: Orthanc, series: Series, options: Options) -> SeriesValues:
@@ -1767,7 +1821,7 @@ SIDES = ("", "-journal", "-wal", "-shm")    # what SQLite adds to its name for t
 # An accession, given twice: found by the index, and no other by a column that takes E1a for E1A or 007 for 7.
 THE_ACCESSION = "accession = ? AND CAST(accession AS TEXT) = ? COLLATE BINARY"
 
-RESTORE = "restore it from a copy, or move it away and acquire the studies again"
+RESTORE = "restore it from a copy, or move it away and fetch the studies again"
 ADVICE = (    # for what SQLite says, by a word of it
     ("readonly", "it or its folder cannot be written: check the permissions"),
     ("locked", f"another program has held it for {BUSY_SECONDS:.0f} s: run again later"),
@@ -2063,14 +2117,26 @@ def write_csv(path: str, conn: Database | None, accessions: Iterable[str]) -> No
 # ------------------------------------------------------------------------------------------------------------------
 
 class LineHandler(logging.Handler):
-    """Log lines on stderr, each made printable; around a progress bar while there is one."""
+    """Log lines on stderr, each made printable; around a progress bar while there is one.
+
+    On a terminal without date, and with a level only where something is wrong.
+    """
 
     bar: Any = None
+    screen: os.terminal_size | None = None      # of stderr, where that is a terminal
+    rows = 0                                    # of it, written so far
+    failures: list[tuple[int, str]] = []        # (rows before it, line)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; a stderr that is gone or full is no trouble."""
+        text = self.format(record)
+        if self.screen:
+            level = {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(record.levelno, "")
+            text = level + record.getMessage()
+            if record.levelno == logging.ERROR:
+                LineHandler.failures.append((LineHandler.rows, text))
         with contextlib.suppress(OSError, ValueError):    # nobody reads it any more: no reason to stop storing
-            write_line(sys.stderr, self.format(record))
+            write_line(sys.stderr, text)
 
 
 def write_line(stream: Any, text: str) -> None:
@@ -2080,6 +2146,8 @@ def write_line(stream: Any, text: str) -> None:
     else:
         stream.write(printable(text) + "\n")
     stream.flush()
+    if LineHandler.screen and stream.isatty():
+        LineHandler.rows += max(1, -(-len(text) // (LineHandler.screen.columns or 80)))
 
 
 def set_up_logging(verbose: bool, quiet: bool) -> None:
@@ -2088,8 +2156,22 @@ def set_up_logging(verbose: bool, quiet: bool) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers[:] = [handler]
     log.propagate = False
-    usual = SUMMARY if sys.stderr.isatty() else logging.INFO
+    LineHandler.screen = os.get_terminal_size(sys.stderr.fileno()) if sys.stderr.isatty() else None
+    LineHandler.rows, LineHandler.failures = 0, []
+    usual = SUMMARY if LineHandler.screen else logging.INFO
     log.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else usual)
+
+
+def sum_up(level: int, text: str) -> None:
+    """The last line of all; on a terminal the last two, after the failures that scrolled away, once more."""
+    lines, screen, failures = [text], LineHandler.screen, LineHandler.failures
+    if screen:
+        level, lines = min(level, FAILED), re.split(r"; (?=studies: |series: )", text)
+        if failures and LineHandler.rows - failures[0][0] + 4 > (screen.lines or 24):
+            more = [f"… and {len(failures) - REPEATED} more"] if len(failures) > REPEATED else []
+            lines = ["what failed:", *(line for _, line in failures[:REPEATED]), *more, *lines]
+    for line in lines:
+        log.log(level, "%s", line)
 
 
 @contextlib.contextmanager
@@ -2110,15 +2192,16 @@ def progress_bar(total: int, unit: str = "study") -> Iterator[Callable[..., Any]
             LineHandler.bar = None
 
 
-def print_accession(accession: str) -> None:
-    """One accession on stdout, once it is stored."""
+def print_accession(accession: str) -> bool:
+    """One accession on stdout, once it is stored; False where that has to be a failure. A reader may go away."""
     try:
         write_line(sys.stdout, accession)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # what is left of it is flushed into nothing
-        if isinstance(error, BrokenPipeError):
-            raise OutputClosed() from None
-        raise RunError(f"standard output cannot be written: {reason_of(error)}; what is stored stays stored") from None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # what else is printed goes there
+        if not isinstance(error, BrokenPipeError):
+            log.error("standard output cannot be written: %s; what else is stored is not printed", reason_of(error))
+            return False
+    return True
 
 
 def open_missing_streams() -> None:
@@ -2218,11 +2301,13 @@ class Tally:
         self.skipped: Counter = Counter()       # series, of REASONS
         self.origins: Counter = Counter()       # series stored, of ORIGINS
         self.doubtful_dates = 0
+        self.meant = ""                         # the dates of tokens like 7days
+        self.unprinted = False                  # whether stdout could not be written
 
     @property
     def exit_status(self) -> int:
-        """1 where something named is not in the database, or a date may be incomplete, else 0."""
-        return 1 if self.failed or self.doubtful_dates else 0
+        """1 where something named is not in the database or not printed, or a date may be incomplete, else 0."""
+        return 1 if self.failed or self.doubtful_dates or self.unprinted else 0
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason}: {self.skipped[reason]}" for reason in REASONS if self.skipped[reason])
@@ -2231,7 +2316,8 @@ class Tally:
         text += f", {self.without_mr} without MR series" if self.without_mr else ""
         text += f"; series: {self.series} stored, {self.skipped.total()} skipped" + (f" ({reasons})" if reasons else "")
         text += "".join(f", {self.origins[one]} stored {one}" for one in ORIGINS if self.origins[one])
-        return text + (f"; dates that may be incomplete: {self.doubtful_dates}" if self.doubtful_dates else "")
+        text += f"; dates that may be incomplete: {self.doubtful_dates}" if self.doubtful_dates else ""
+        return text + self.meant
 
 
 class Run(NamedTuple):
@@ -2272,31 +2358,57 @@ def plan(run: Run, tokens: list[Accession | Dates], conn: Database | None) -> li
 
 
 def process_date_arg(token: Dates, conn: Database | None, run: Run, advance: Callable[[], Any]) -> None:
-    """Find the accessions of a date token, month by month, and call `advance` after each."""
+    """Find the accessions of a date token, month by month, and call `advance` after each; say what was found."""
+    empty: list[datetime.date] = []     # the ends of months without studies, not yet said
     for first, last in months_of(token):
-        for study in list_dates(run, first, last):
+        studies = list_dates(run, first, last)
+        if studies == []:
+            empty += [first, last]
+        else:
+            say_empty(empty)
+            empty.clear()
+        if studies:
+            log.info("%s: studies found: %d", days_from(first, last), len(studies))
+        for study in studies or ():
             acquisition = run.acquisition(study.accession, conn)
             acquisition.dated = True
             acquisition.take([study])
         advance()
+    say_empty(empty, run.options.prefix if empty[:1] == [token.first] else None)
+    if token.token.endswith("days"):
+        run.tally.meant += f"; {token.token}: {days_from(token.first, token.last)}"
 
 
-def list_dates(run: Run, first: datetime.date, last: datetime.date) -> list[Study]:
-    """The studies from first to last. What could not be listed is said, and the run goes on."""
-    span = digits_of(first) if first == last else f"{digits_of(first)}-{digits_of(last)}"
+def days_from(first: datetime.date, last: datetime.date) -> str:
+    """YYYYMMDD or YYYYMMDD-YYYYMMDD."""
+    return digits_of(first) if first == last else f"{digits_of(first)}-{digits_of(last)}"
+
+
+def say_empty(days: list[datetime.date], prefix: str | None = None) -> None:
+    """That no studies were found from the first to the last of these days; prefix: and that they are a whole token."""
+    if not days:
+        return
+    counted = f"accessions that begin with {beginning(prefix)}" if prefix else "studies with an accession number"
+    hint = "" if prefix is None else f" (only {counted} count; for others try --prefix, another date or --url)"
+    length = 7 if days[0].day == 1 and days[-1] == month_end(days[-1]) else 10
+    text = f"{days[0].isoformat()[:length]} to {days[-1].isoformat()[:length]}: no studies" if len(days) > 2 else \
+        f"{days_from(*days)}: studies found: 0"
+    log.log(SUMMARY if hint else logging.INFO, "%s%s", text, hint)
+
+
+def list_dates(run: Run, first: datetime.date, last: datetime.date) -> list[Study] | None:
+    """The studies from first to last; where they are not known to be none, None. What is wrong is said."""
     try:
-        studies, doubtful = aside(run.orthanc.studies_between, first, last)
+        studies, doubtful = aside(run.orthanc.studies_between, first, last, run.options.prefix)
     except StudyError as error:
         run.tally.doubtful_dates += 1
-        log.error("%s: cannot be listed: %s", span, error)
-        return []
+        log.error("%s: cannot be listed: %s", days_from(first, last), error)
+        return None
     for day in doubtful:
         run.tally.doubtful_dates += 1
         log.error("%s: may be incomplete, %s cuts its answers; name the missing accessions themselves, or ask "
                   "its administrator to lift the limit LimitFindResults", digits_of(day), run.orthanc.http.url)
-    why = "" if studies else " (only accessions that begin with a capital E count)"
-    log.info("%s: studies found: %d%s", span, len(studies), why)
-    return studies
+    return studies if studies or not doubtful else None
 
 
 def look_up(run: Run, acquisitions: list[Acquisition]) -> None:
@@ -2446,27 +2558,47 @@ def seconds_argument(text: str) -> float:
     return value
 
 
+def prefix_argument(text: str) -> str:
+    """What accessions begin with, for argparse; empty: anything."""
+    if text and (not PLAIN.fullmatch(text) or text[0] == " "):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} (or that of STUDY_INFO_PREFIX) cannot begin an accession "
+                                         "number: only letters, digits, blanks inside and . _ - / can")
+    return text
+
+
+def expanded(path: str | None) -> str | None:
+    """A path with ~ replaced by the home folder. Raises UsageError where that is not known."""
+    whole = os.path.expanduser(path) if path and path[0] == "~" else None
+    if whole and (not os.path.isabs(whole) or os.environ.get("HOME") == ""):
+        raise UsageError(f"{quoted(path or '')}: the home folder that ~ stands for is not known; write the whole path")
+    return whole or path
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All options; each default that the environment can change is read here."""
+    url, db = os.environ.get("ORTHANC_URL") or DEFAULT_URL, os.environ.get("STUDY_INFO_DB") or DEFAULT_DB
+    prefix = os.environ.get("STUDY_INFO_PREFIX", PREFIX)    # empty is a value too
     parser = Parser(
         prog="store_study_info.py", usage="%(prog)s [options] TOKEN [TOKEN ...]", add_help=False, allow_abbrev=False,
         description="Keep SAR and scan times of the MRI studies of an Orthanc server in a\n"
                     "local SQLite file. Studies that are stored already are skipped.",
-        epilog=HELP_END,
+        epilog=re.sub(r"E(1234\d)(  +)?", lambda match: (prefix + match[1]).ljust(len(match[0])), HELP_END),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=79))
-    url, db = os.environ.get("ORTHANC_URL") or DEFAULT_URL, os.environ.get("STUDY_INFO_DB") or DEFAULT_DB
 
-    what = parser.add_argument_group("what to acquire")
+    what = parser.add_argument_group("what to fetch")
     what.add_argument("tokens", metavar="TOKEN", nargs="+",
-                      help="accession, day, month, range, yesterday, today or @FILE")
-    what.add_argument("-f", "--force", action="store_true", help="acquire again what is already stored")
+                      help="accession, day, month, range, yesterday, today, Ndays or @FILE")
+    what.add_argument("-f", "--force", action="store_true", help="fetch again what is already stored")
+    what.add_argument("--prefix", metavar="TEXT", type=prefix_argument, default=prefix,
+                      help="accession numbers begin with TEXT, '' for any (default %(default)r)")
     what.add_argument("--fallback", action="store_true",
                       help="read SAR and duration elsewhere in the file where the Siemens tags are missing or "
                            "meaningless; with --force for what is stored already")
 
     where = parser.add_argument_group("from where, and to where")
     where.add_argument("--url", default=url, help=f"Orthanc's address (default {DEFAULT_URL})")
-    where.add_argument("--netrc", metavar="FILE", help="credentials (default ./netrc, else ~/.netrc)")
+    where.add_argument("--netrc", metavar="FILE", default=os.environ.get("NETRC"),
+                       help="credentials (default ./netrc, else ~/.netrc)")
     where.add_argument("--db", metavar="PATH", default=db, help=f"the database (default {DEFAULT_DB})")
     where.add_argument("--csv", metavar="FILE", help="also write the accessions of this run as CSV, one row a series")
 
@@ -2521,7 +2653,7 @@ def absolute(path: str, option: str) -> str:
 def netrc_files(named: str | None) -> list[str]:
     """The netrc files, the one that counts first; of the usual two those that are there."""
     usual = filter(os.path.exists, ("netrc", os.path.expanduser("~/.netrc")))
-    return [*filter(None, (named, os.environ.get("NETRC"))), *usual]
+    return [named, *usual] if named else [*usual]
 
 
 def find_credentials(host: str, files: list[str]) -> tuple[Credentials | None, str]:
@@ -2590,8 +2722,9 @@ def check_packages() -> None:
 def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     """The complete run. All that the user named is checked before the server is contacted or a file is written."""
     today = datetime.date.today()
-    tokens = expand_tokens(arguments.tokens, today)
+    tokens = expand_tokens(arguments.tokens, today, prefix=arguments.prefix)
     url, host = check_url(arguments.url)
+    arguments.db, arguments.csv, arguments.netrc = map(expanded, (arguments.db, arguments.csv, arguments.netrc))
     if not arguments.db:
         raise UsageError("--db is empty; name a file")
     path, netrc = absolute(arguments.db, "--db"), netrc_files(arguments.netrc)
@@ -2600,8 +2733,12 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     http = Http(url, *find_credentials(host, netrc), arguments.timeout)
     check_packages()
     conn = open_database(path) if check_database_file(path) else None
-    options = Options(arguments.force, arguments.fallback, digits_of(today))
+    options = Options(arguments.force, arguments.fallback, digits_of(today), arguments.prefix)
     run = Run(Orthanc(http), options, arguments.jobs, {}, tally)
+
+    def out(accession: str) -> None:
+        """Print what was stored."""
+        tally.unprinted |= not arguments.quiet and not print_accession(accession)
 
     def also_csv() -> None:
         """What exit 0 and 1 leave as CSV."""
@@ -2612,7 +2749,7 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     try:
         todo = plan(run, tokens, conn)
         conn = conn or open_database(path)
-        fetch_and_store(run, todo, conn, (lambda accession: None) if arguments.quiet else print_accession)
+        fetch_and_store(run, todo, conn, out)
         http.close()    # not after an interrupt: it would wait for the threads' requests
     except DatabaseError:
         raise    # the CSV file would have to read it
@@ -2654,17 +2791,15 @@ def main(argv: list[str] | None = None) -> int:
             acquire(arguments, tally)
     except UsageError as error:
         parser.error(str(error))
-    except OutputClosed:
-        return 1
     except StudyInfoError as error:
         log.error("%s", error)
         if any(vars(tally).values()):
-            log.warning("%s", tally)
+            sum_up(FAILED, str(tally))
         return error.exit_status
     except Interrupted as interrupt:
-        log.error("interrupted by %s; %s", interrupt.name, tally)
+        sum_up(logging.ERROR, f"interrupted by {interrupt.name}; {tally}")
         end_process(interrupt.exit_status)
-    log.log(logging.WARNING if tally.exit_status else SUMMARY, "%s", tally)
+    sum_up(FAILED if tally.exit_status else SUMMARY, str(tally))
     return tally.exit_status
 
 

@@ -48,7 +48,8 @@ COMMANDS = orthanc.commands() or STAND_INS
 REAL = COMMANDS != STAND_INS
 
 # What of the caller's environment the program would read.
-OURS = ("STUDY_INFO_DB", "ORTHANC_URL", "NETRC", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_COLOR")
+OURS = ("STUDY_INFO_DB", "STUDY_INFO_PREFIX", "ORTHANC_URL", "NETRC", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY",
+        "ALL_PROXY", "NO_COLOR")
 
 # Property tests: no example is too slow on a busy machine, and none is left as a file in the folder of the caller.
 settings.register_profile("suite", deadline=None, database=None)

@@ -43,15 +43,23 @@ def archive(server):
 # -- usage errors ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, told", [
-    (["202413"], "202413 is not a month of the calendar"), (["20240230"], "20240230 is not a day of the calendar"),
-    (["20240631"], "not a day of the calendar"),
-    (["E*"], "'E*' is not understood; allowed are an accession number"), (["e123"], "'e123' is not understood"),
-    (["abc"], "'abc' is not understood"),
-    (["E1?"], "not understood"), (["E1\\E2"], "not understood"), (["E"], "not understood"),
-    ([""], "'' is not understood"),
-    (["20240402-20240401"], "'20240402-20240401' ends before it starts"),
-    (["29990101-"], "'29990101-' ends before it starts: today is"),
-    (["@nowhere"], "token file @nowhere cannot be read"), (["E1", "202404", "E2*"], "'E2*' is not understood"),
+    (["202413"], "error: 202413: there is no month 13 (see store_study_info.py --help)"),
+    (["20240230"], "error: 20240230: February 2024 has 29 days (see store_study_info.py --help)"),
+    (["20240631"], "error: 20240631: June has 30 days"),
+    (["E*"], "error: 'E*': wildcards are not allowed (see"),
+    (["e123"], "error: e123: accession numbers begin with a capital E: E123? (see store_study_info.py --help)"),
+    (["abc"], "error: abc: accession numbers begin with a capital E; days are written"),
+    (["--prefix", "MR-", "E1"], "error: E1: accession numbers begin with 'MR-'; days are written"),
+    (["E1?"], "'E1?': wildcards are"), (["E1\\E2"], "'E1\\E2': wildcards are"),
+    (["E"], "error: E: an accession number goes on with letters"),
+    ([""], "error: '': accession numbers begin"),
+    (["20240402-20240401"], "error: 20240402-20240401: it ends before it starts"),
+    (["29990101-"], "error: 29990101-: it ends before it starts: today is"),
+    (["0days"], "error: 0days: days before today are written 7days"), (["99999days"], "with a number from 1 to 9999"),
+    (["7Days"], "error: 7Days: "), (["-3days"], "required: TOKEN"), (["E1", "-3days"], "arguments: -3days"),
+    (["--prefix", "E*", "E1"], "'E*' (or that of STUDY_INFO_PREFIX) cannot begin an accession number"),
+    (["--prefix", " E", "E1"], "' E' (or that of"), (["--prefix", "\xc9", "E1"], "'\xc9' (or that of"),
+    (["@nowhere"], "token file @nowhere cannot be read"), (["E1", "202404", "E2*"], "error: 'E2*': wildcards"),
     ([], "required: TOKEN"), (["--jobs", "0", "E1"], "'0' is not a number from 1 to 999"),
     (["--timeout", "nan", "E1"], "'nan' is not a number of seconds"),
     (["--nonsense", "E1"], "--nonsense"), (["-v", "-q", "E1"], "not allowed with"),
@@ -75,9 +83,10 @@ def test_a_usage_error_is_one_line_and_nothing_is_contacted_or_written(home, arg
 
 @pytest.mark.parametrize("url", ["http://jo:hunter2@127.0.0.1:9", "https://hunter2@h/orthanc",
                                  "http://jo:hunter2/x@h", "http://jo:hun%74er2@h"])
-def test_a_url_with_a_password_is_refused_and_never_echoed(home, url):
-    ran = home.run("--url", url, "E1")
-    assert ran.status == 2 and "--url" in ran.err
+@pytest.mark.parametrize("arguments", [["--url", "{}", "E1"], ["--ulr={}", "--url", "x", "E1"], ["{}"], ["E1", "@{}"]])
+def test_a_url_with_a_password_is_refused_and_never_echoed_wherever_it_stands(home, url, arguments):
+    ran = home.run(*[argument.format(url) for argument in arguments])
+    assert ran.status == 2 and ran.err.count("\n") == 1
     assert "hunter2" not in ran.err and "hun%74er2" not in ran.err
 
 
@@ -172,19 +181,21 @@ def test_an_encoding_that_lacks_a_character_does_not_stop_the_run(server, home):
     assert [row["accession"] for row in home.studies()] == ["EV", "E\u00dcBER\u65e5"]
 
 
-def test_a_reader_of_stdout_that_goes_away_ends_the_run_quietly(archive, home):
-    process = home.start("202206", url=archive.url)
+@pytest.mark.parametrize("tokens, status", [(["202206"], 0), (["202206", "ENOWHERE"], 1)])
+def test_a_reader_of_stdout_that_goes_away_ends_the_printing_not_the_storing(archive, home, tokens, status):
+    process = home.start(*tokens, url=archive.url)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(60) == 1
-    assert "Traceback" not in err and "Broken" not in err and "ERROR" not in err
+    assert process.wait(60) == status
+    assert "Traceback" not in err and "Broken" not in err and err.count("ERROR") == status
+    assert len(home.studies()) == 12 and "studies: 12 stored" in err.splitlines()[-1]
 
 
-def test_a_full_stdout_is_a_sentence(archive, home):
+def test_a_full_stdout_is_one_sentence_and_the_rest_is_stored(archive, home):
     with open("/dev/full", "w") as full:
         ran = home.run("202206", url=archive.url, capture_output=False, stdout=full, stderr=subprocess.PIPE)
-    assert ran.status == 1 and "standard output cannot be written: No space left" in ran.err
-    assert len(home.series("EC1A")) == 2
+    assert ran.status == 1 and ran.err.count("standard output cannot be written: No space left") == 1
+    assert len(home.studies()) == 12 and "WARNING studies: 12 stored" in ran.summary
 
 
 def test_closed_streams_do_not_stop_the_run(archive, home):
@@ -219,8 +230,8 @@ def test_a_terminal_shows_a_bar_with_count_and_rate_and_stdout_only_accessions(a
     assert status == 0
     assert out.splitlines() == [f"EC{day}{name}" for day in range(1, 5) for name in "AB"]
     assert "/8 [" in shown and "study/s" in shown
-    summary = shown.rstrip().splitlines()[-1]
-    assert summary.endswith("8 stored, 0 already stored, 0 failed; series: 16 stored, 0 skipped")
+    lines = [line.split("\r")[-1] for line in shown.replace("\r\n", "\n").rstrip().split("\n")]
+    assert lines[-2:] == ["studies: 8 stored, 0 already stored, 0 failed", "series: 16 stored, 0 skipped"]
     assert "\x1b[3" not in shown and "\x1b[9" not in shown      # no colours
 
 
