@@ -204,14 +204,14 @@ class NotFound(ServerError):
 class TransientError(ServerError):
     """A fault that repeating the request may cure.
 
-    tries: how often the request is made in all; wait: seconds the server asked for, or None;
+    tries: how often the request is made in all; wait: seconds the server asked for, or None; hint: what may help;
     contact: False where not even a connection could be made; stale: the fault of a connection the server had closed.
     """
 
     def __init__(self, text: str, tries: int = TRIES, wait: float | None = None, contact: bool = True,
-                 stale: bool = False):
+                 stale: bool = False, hint: str = ""):
         super().__init__(text)
-        self.tries, self.wait, self.contact, self.stale = tries, wait, contact, stale
+        self.tries, self.wait, self.contact, self.stale, self.hint = tries, wait, contact, stale, hint
 
 
 class RequestsSpent(Exception):
@@ -595,6 +595,37 @@ def digits_of(day: datetime.date) -> str:
 
 Credentials = tuple[str, str]    # login, password
 
+# What is met -> what is said of it. Met is 'first' until an answer was a success, then the status, the call and what
+# was asked, or at first how the answer begins (it is never shown); or what TLS did, and why it ended.
+HINTS = (    # in the words of nginx, Apache, Tomcat and servers in Go; HAProxy ends the connection
+    ("first 400 .*(plain HTTP|HTTP request to an HTTPS|requires TLS)", "that port speaks https: use https:// in --url"),
+    ("first (400 .*SSL certificate|TLS .*ALERT_(CERTIFICATE_REQUIRED|BAD_CERTIFICATE|HANDSHAKE_FAILURE))",
+     "it seems to want a client certificate, which is not supported"),
+    ("first TLS connecting", "it does not speak https: is it http?"),
+    ("403", "the role or filter of the server or its proxy must permit {call}; credentials were looked up in {place}"),
+    ("429", "it allows fewer requests: use fewer --jobs"),
+    ("50[23]", "the server behind the proxy at {url} is down"),
+    ("504", "the proxy's time is over, the server behind it is slow or has much to do: use fewer --jobs"),
+    ("(404|405|413) POST /tools/find", "this server or its proxy does not offer or allow {call}, or not of that size"),
+    (r"[45]00 (GET /instances/|POST /tools/find .*'(Series|Instance)'.*'RequestedTags': \[')",
+     "the server may have lost a file, or a part of it: see its log and its storage area"),
+)
+
+
+def redirect_target(url: str, path: str, location: str) -> tuple[str, str]:
+    """Where a redirect of url + path goes, without the request's own path, and what to do; no secret is shown."""
+    from urllib.parse import urljoin, urlsplit
+    try:
+        target = urlsplit(urljoin(url + path, location))
+        place = f"{target.scheme}://{target.netloc.rpartition('@')[2]}{target.path[:200]}"
+        base = place.removesuffix(path.partition("?")[0])
+        if target.port == 0 or "@" in place:
+            raise ValueError
+    except ValueError:
+        return "something that is not an address", "redirects are not followed"
+    usable = base not in (place, url) and target.scheme in ("http", "https")
+    return base if usable else place, "redirects are not followed" + usable * ": use that as --url"
+
 
 def open_client(url: str, credentials: Credentials | None, timeout: float, verify: Any):
     """pyorthanc's client, which is an httpx.Client.
@@ -668,18 +699,21 @@ def retry_after(text: str | None) -> float | None:
         return None
 
 
-def no_connection(url: str, error: BaseException) -> StudyInfoError:
-    """What stands in the way of a connection: with https often the certificate."""
-    import ssl
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return RunError(f"{url} has a certificate that is not trusted ({cause.verify_message}); name the file of "
-                            "your certificate authority in the environment variable SSL_CERT_FILE")
-        if isinstance(cause, ssl.SSLError):
-            return RunError(f"{url} does not speak https: is it http?")
-        cause = cause.__cause__ or cause.__context__
-    return TransientError(f"{url} cannot be reached ({str(error) or 'no connection'})", contact=False)
+def certificate_error(url: str, fault: Any, timeout: float) -> RunError:
+    """What is wrong with a certificate. The names that it is for take a connection of their own; nothing is asked."""
+    if fault.verify_code not in (62, 64):    # OpenSSL's codes of another host name, another IP address
+        return RunError(f"{url} has a certificate that is not trusted ({fault.verify_message}); name the file of "
+                        "your certificate authority in the environment variable SSL_CERT_FILE")
+    import socket
+    from urllib.parse import urlsplit
+    target, context, names = urlsplit(url), certificates(url), "other names"
+    context.check_hostname = False
+    with (contextlib.suppress(OSError),
+          socket.create_connection((target.hostname, target.port or 443), timeout) as plain,
+          context.wrap_socket(plain, server_hostname=target.hostname) as connection):
+        listed = (connection.getpeercert() or {}).get("subjectAltName", ())
+        names = ", ".join(str(name) for kind, name in listed if kind in ("DNS", "IP Address")) or names
+    return RunError(f"{url} has a certificate for {names[:200]}, not for {target.hostname}; use such a name in --url")
 
 
 class Http:
@@ -692,10 +726,15 @@ class Http:
     def __init__(self, url: str, credentials: Credentials | None = None, looked_up: str = "no netrc",
                  timeout: float = DEFAULT_TIMEOUT):
         self.url, self.timeout, self.looked_up = url.rstrip("/"), timeout, looked_up
-        self.last_answer = -math.inf        # when the last answer came, whatever it said
+        self.last_success = -math.inf       # when the last answer with success came
         self._credentials, self._verify = credentials, certificates(url)
         self._client: Any = None
         self._thread = threading.local()    # of each: end, when the answer that it waits for must be complete
+
+    @property
+    def first(self) -> bool:
+        """Whether no answer was a success yet: what is wrong now ends the run, later only what was asked."""
+        return self.last_success == -math.inf
 
     @property
     def client(self):
@@ -744,35 +783,40 @@ class Http:
                     stale = True    # the server had just closed an idle connection: repeated without a word
                     continue
                 tries += 1
-                patient = self.last_answer > -math.inf and not fault.contact
+                patient = not self.first and not fault.contact
                 wait = growing_wait(tries) if fault.wait is None else fault.wait
                 waited += wait
                 if tries >= (PATIENT_TRIES if patient else fault.tries) or waited > LONGEST_WAIT:
-                    raise self._given_up(fault, tries, began) from None
-                alone = self.last_answer == -math.inf and tries == 1 and sys.stderr.isatty()    # a person waits
+                    raise self._final_error(fault, tries, began) from None
+                alone = self.first and tries == 1 and sys.stderr.isatty()    # a person waits
                 log.log(SUMMARY if alone else logging.DEBUG, "%s %s: %s; next try in %.1f s", method, path, fault, wait)
                 time.sleep(wait)
 
-    def _given_up(self, fault: TransientError, tries: int, began: float) -> StudyInfoError:
-        """The end of a request's tries: the end of the run where the server cannot be reached (any more)."""
+    def _final_error(self, fault: TransientError, tries: int, began: float) -> StudyInfoError:
+        """What is raised after the last try: the end of the run where the server cannot be reached (any more)."""
         text = f"{fault}, {tries} tries" if tries > 1 else str(fault)
         if fault.wait is not None and fault.wait > LONGEST_WAIT:
             text = f"{fault} and asks to wait {fault.wait:.0f} s: run again later"
-        if not fault.contact and self.last_answer < began:
+        if not fault.contact and self.last_success < began:
             return RunError(f"{text}; is --url right, and the server running?")
-        if self.last_answer == -math.inf:
-            return RunError(f"{text}; is --url right, and is it http or https?")
-        return ServerError(text)
+        return self._error(text, fault.hint or self.first * "is --url right, and is it http or https?")
+
+    def _error(self, text: str, hint: str, kind: type[ServerError] = ServerError) -> StudyInfoError:
+        """The end of the run at first, where that can be explained; else of what was asked."""
+        return RunError(f"{text}; {hint}") if hint and self.first else kind(f"{text}; {hint}" if hint else text)
+
+    def _hint(self, met: str, call: str = "") -> str:
+        """What HINTS says of what was met, or nothing."""
+        found = (hint for what, hint in HINTS if re.match(f"(first )?({what})", "first " * self.first + met, re.DOTALL))
+        return next(found, "").format(url=self.url, place=self.looked_up, call=call)
 
     def _once(self, method: str, path: str, body: Any, cut: bytes | None, content_type: str) -> bytes:
         """One try of a request. Raises TransientError where another may help."""
         client = self.client    # first of all: it says which package is missing
         import httpx
-        address = self.url + path
         try:
-            with client.stream(method, address, json=body, extensions={"trace": self._watch}) as response:
-                self.last_answer = time.monotonic()
-                self._check_status(response, path)
+            with client.stream(method, self.url + path, json=body, extensions={"trace": self._watch}) as response:
+                self._check_status(response, method, path, body)
                 if not response.headers.get("content-type", "").startswith(content_type):
                     raise self._answered(path, "something else than the bytes of an element")
                 return self._read(response, path, cut)
@@ -782,14 +826,28 @@ class Http:
         except httpx.TimeoutException:
             text = f"{self.url} did not answer {path} completely within {self.timeout:g} s"
             raise TransientError(text, TIMEOUT_TRIES) from None
-        except httpx.ConnectError as error:
-            raise no_connection(self.url, error) from None
         except httpx.TransportError as error:
-            stale = isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError))
-            text = f"{self.url} broke the connection while answering {path} ({type(error).__name__})"
-            raise TransientError(text, stale=stale) from None
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+            raise self._connection_error(error, path) from None
+        except (httpx.InvalidURL, UnicodeError) as error:    # what IDNA refuses is the latter
+            raise RunError(f"{self.url} cannot be asked ({type(error).__name__}): is its host name right?") from None
+        except (httpx.HTTPError, httpx.StreamError) as error:
             raise self._answered(path, f"something that is not HTTP: {type(error).__name__}") from None
+
+    def _connection_error(self, error: Any, path: str) -> StudyInfoError:
+        """What stands in the way of a connection, or broke it: with https often a certificate."""
+        import ssl
+        import httpx
+        fault, connecting = error, isinstance(error, httpx.ConnectError)
+        while fault is not None and not isinstance(fault, ssl.SSLError):
+            fault = fault.__cause__ or fault.__context__
+        if connecting and isinstance(fault, ssl.SSLCertVerificationError):
+            return certificate_error(self.url, fault, min(CONNECT_SECONDS, self.timeout))
+        if fault and (hint := self._hint(f"TLS {'connecting' if connecting else 'reading'} {fault}")):
+            return RunError(f"{self.url} ended the connection; {hint}")
+        if connecting:
+            return TransientError(f"{self.url} cannot be reached ({str(error) or 'no connection'})", contact=False)
+        text = f"{self.url} broke the connection while answering {path} ({type(error).__name__})"
+        return TransientError(text, stale=isinstance(error, (httpx.RemoteProtocolError, httpx.NetworkError)))
 
     def _answered(self, path: str, what: str) -> ServerError:
         """The error that an answer is not what it should be."""
@@ -815,28 +873,29 @@ class Http:
             raise httpx.ReadTimeout("the time for the complete answer is over")
         return read(max_bytes, remaining)
 
-    def _check_status(self, response, path: str) -> None:
-        """Raise what a status other than 2xx means: for the run, for the study, or for this try alone."""
-        status = response.status_code
+    def _check_status(self, response, method: str, path: str, body: Any) -> None:
+        """Raise what a status other than 2xx means: for the run, for what was asked, or for this try alone."""
+        status, location = response.status_code, response.headers.get("location")
         if 200 <= status < 300:
+            self.last_success = time.monotonic()
             return
+        # The call without what it is of: GET /instances/…/content
+        call = f"{method} " + re.sub(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", "…", re.sub(r"\?.*|(?<=content)/.*", "", path))
+        start = next(response.iter_raw(4096), b"") if status == 400 and self.first else b""
         text = f"{self.url} answered {path} with HTTP {status}"
-        if status == 403:
-            raise RunError(f"{self.url} forbids this (HTTP 403); credentials were looked up in {self.looked_up}")
+        hint = self._hint(f"{status} {call} {body} {start!r}", call)
         if status == 401:
             what = "refuses the user and password" if self._credentials else "wants a user and password"
             raise RunError(f"{self.url} {what} (HTTP 401); credentials were looked up in {self.looked_up}")
-        if status == 404:
-            raise NotFound(text)
-        if 300 <= status < 400:
-            from urllib.parse import urlsplit
-            target = urlsplit(response.headers.get("location", ""))
-            raise ServerError(f"{self.url} redirects {path} to {target.scheme}://{target.hostname or ''}: "
-                              "redirects are not followed, give the final address as --url")
+        if 300 <= status < 400 and location is not None:
+            target, hint = redirect_target(self.url, path, location)
+            text = f"{self.url} redirects {path} to {target}"
         if status in (429, 502, 503, 504):
-            raise TransientError(text, wait=retry_after(response.headers.get("retry-after")))
-        error = ServerError(text)
-        error.status = status
+            wait = retry_after(response.headers.get("retry-after"))
+            raise TransientError(text, TIMEOUT_TRIES if status == 504 else TRIES, wait, hint=hint)
+        error = self._error(text, hint, NotFound if status == 404 else ServerError)
+        if isinstance(error, ServerError):
+            error.status = status
         raise error
 
     def _read(self, response, path: str, cut: bytes | None) -> bytes:
@@ -1008,7 +1067,10 @@ class Orthanc:
         try:
             system = self.http.json(dict, "GET", "/system")
         except ServerError as error:
-            raise RunError(f"{error}; is --url Orthanc's own address, as in http://host:8042?") from None
+            own = re.split(r"(?<!/)/(?:app|ui)(?:/|$)", self.http.url)[0]
+            where = "is --url Orthanc's own address, as in http://host:8042?" if own == self.http.url else \
+                f"Orthanc's own address ends before {self.http.url.removeprefix(own)}: use {own} as --url"
+            raise RunError(f"{error}; {where}") from None
         if "Version" not in system:
             raise RunError(f"{self.http.url} is not an Orthanc server: its /system names no Version")
         return system
@@ -2621,19 +2683,25 @@ def build_parser() -> argparse.ArgumentParser:
 def check_url(text: str) -> tuple[str, str]:
     """(URL, host) of an http or https URL without credentials. Raises UsageError.
 
-    What is refused is never echoed: a password could be in it.
+    What is refused is never echoed, as a password could be in it, save where only http:// is missing.
     """
+    import ipaddress
     from urllib.parse import urlsplit
     name = "the address of --url or ORTHANC_URL"
+    if re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\])(:\d{1,5})?(/[\w./-]*)?", text):
+        raise UsageError(f"{name}: http:// is missing: did you mean http://{text}?")
     try:
         url = urlsplit(text)
-        port_is_right = url.port is None or url.port > 0
+        port_is_right, host = url.port is None or url.port > 0, url.hostname or ""
+        host.encode("idna")    # what cannot be the name of a host is a UnicodeError, which is a ValueError
+        if ":" in host or re.fullmatch(r"\d+(\.\d+){3}", host):
+            ipaddress.ip_address(host)
     except ValueError:
         raise UsageError(f"{name} is not a URL; it must look like http://host:8042") from None
     if "@" in url.netloc or "@" in text.partition("//")[2].partition("/")[0]:
         raise UsageError(f"{name} holds a user or password: take it out, and put it into a netrc file (see --netrc)")
     if url.scheme not in ("http", "https") or not url.hostname or not port_is_right or url.query or url.fragment \
-            or re.search(r"[\s\x00-\x20\x7f\\]", text):
+            or re.search(r"[\s\x00-\x20\x7f\\]|(?i://xn--)([.:/]|$)", text):
         raise UsageError(f"{name} is not the address of an Orthanc server; it must look like http://host:8042 or "
                          "https://host/orthanc")
     return url.geturl(), url.hostname

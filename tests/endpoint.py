@@ -38,6 +38,12 @@ class Request(NamedTuple):
             return "find " + self.json["Level"].lower()
         return parts[2] if len(parts) > 2 else parts[0]
 
+    @property
+    def accessions(self) -> list[str]:
+        """Those that a find asks for by their names."""
+        query = self.json["Query"] if self.kind.startswith("find ") else {}
+        return query["AccessionNumber"].split("\\") if query.get("AccessionNumber") else []
+
 
 class Answer(NamedTuple):
     status: int

@@ -65,7 +65,7 @@ def archive(server):
     (["--nonsense", "E1"], "--nonsense"), (["-v", "-q", "E1"], "not allowed with"),
     (["--db", "", "E1"], "--db is empty"),
     (["--url", "ftp://x", "E1"], "address of --url or ORTHANC_URL is not the address of an Orthanc server"),
-    (["--url", "micvna:8042", "E1"], "ORTHANC_URL is not the address of an Orthanc server"),
+    (["--url", "micvna:8042", "E1"], "http:// is missing: did you mean http://micvna:8042?"),
     (["--url", "http://h:99999", "E1"], "ORTHANC_URL is not a URL"),
     (["--url", "http://h/?a=b", "E1"], "ORTHANC_URL is not the address of an Orthanc server"),
     (["--netrc", "nowhere", "E1"], "netrc file nowhere cannot be read: No such file"),

@@ -55,17 +55,10 @@ def purpose(request: Request) -> str:
     return request.kind
 
 
-def accessions_of(request: Request) -> list[str]:
-    """The accessions that a query asks for by their names."""
-    if purpose(request) not in ("accession query", "find series"):
-        return []
-    return request.json["Query"].get("AccessionNumber", "").split("\\")
-
-
 def fetched_by(server, request: Request) -> list[str]:
     """The accessions whose series a request is the first one for, whatever the server."""
     if request.kind != "series":
-        return accessions_of(request) if purpose(request) == "find series" else []
+        return request.accessions if request.kind == "find series" else []
     everything = {"Level": "Study", "Query": {}, "Expand": True}
     return [study["MainDicomTags"]["AccessionNumber"]
             for study in server.client.post("/tools/find", json=everything).json() if study["ID"] in request.path]
@@ -289,10 +282,10 @@ def test_named_accessions_are_looked_up_50_at_a_time(full, watch, home):
     names = [f"EM{index:02d}" for index in range(30)] + [f"E20310110{index:02d}" for index in range(10)] \
         + [f"E20310220{index:02d}" for index in range(8)] + ["EFEW", "EMANY", "E2031033100"]
     assert home.run("--jobs", 4, *names, url=watch.url).status == 0
-    asked = [accessions_of(request) for request in watch.requests if purpose(request) == "accession query"]
+    asked = [request.accessions for request in watch.requests if purpose(request) == "accession query"]
     assert sorted(map(len, asked)) == [1, 50] and sorted(itertools.chain(*asked)) == sorted(names)
     if full.answers_tags:
-        together = [accessions_of(request) for request in watch.requests if purpose(request) == "find series"]
+        together = [request.accessions for request in watch.requests if purpose(request) == "find series"]
         assert max(map(len, together)) <= 20 and len(together) <= 6
 
 
@@ -507,12 +500,12 @@ def test_no_more_studies_are_fetched_ahead_than_memory_is_meant_for(home, here, 
     def note(count, request):
         if request.kind != "find series":
             return None
-        begun.update(accessions_of(request))
+        begun.update(request.accessions)
         if len(begun) >= bound - 1:
             filled.set()
         if len(begun) > bound:
             beyond.set()
-        return hold if names[0] in accessions_of(request) else None
+        return hold if names[0] in request.accessions else None
     with StandIn(*(instance(name) for name in names)) as server:
         server.misbehave = note
         assert here(*names, url=server.url, jobs=4).status == 0

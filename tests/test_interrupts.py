@@ -72,7 +72,7 @@ def ended(process: subprocess.Popen, within: float = 120) -> tuple[int, str, str
 
 def fetches(request, accession: str) -> bool:
     """Whether a request is for the series of an accession, alone or with others."""
-    return request.kind == "find series" and accession in request.json["Query"]["AccessionNumber"].split("\\")
+    return request.kind == "find series" and accession in request.accessions
 
 
 def asked_before(accession: str, jobs: int) -> list[str]:
