@@ -462,7 +462,11 @@ def parse_token(token: str, today: datetime.date, prefix: str = PREFIX) -> Acces
 
 
 def meaning_of(token: str, today: datetime.date, prefix: str) -> Accession | Dates | None:
-    """What has the form of a date is one, whatever the prefix. Raises ValueError, which says what is wrong with it."""
+    """What has the form of a date is one, whatever the prefix. Raises ValueError, which says what is wrong with it.
+
+    >>> meaning_of("20240427", datetime.date(2024, 5, 2), "2")[1:]
+    (datetime.date(2024, 4, 27), datetime.date(2024, 4, 27))
+    """
     if match := _DATES.fullmatch(token):
         start, dash, end = match.group(1, 2, 3) if match[1] else match.group(4, 5, 6)
         first, last = span_of(start)
@@ -493,7 +497,7 @@ def span_of(digits: str) -> tuple[datetime.date, datetime.date]:
 
 def beginning(prefix: str) -> str:
     """What accessions begin with, in a sentence."""
-    return f"a capital {prefix}" if re.fullmatch("[A-Z]", prefix) else f"'{prefix}'"
+    return f"a capital {prefix}" if len(prefix) == 1 and prefix.isupper() else f"'{prefix}'"
 
 
 def likeliest(token: str, today: datetime.date, prefix: str) -> str:
@@ -524,7 +528,8 @@ def likeliest(token: str, today: datetime.date, prefix: str) -> str:
             return f"write {guess}" if plainly else f"accession numbers begin with {beginning(prefix)}: {guess}?"
     if token.startswith(prefix):
         return "an accession number goes on with letters, digits, blanks inside or . _ - /"
-    return f"accession numbers begin with {beginning(prefix)}; days are written {digits_of(today)}, months 202404"
+    day = digits_of(today)
+    return f"accession numbers begin with {beginning(prefix)}; days are written {day}, months {day[:6]}"
 
 
 def month_end(day: datetime.date) -> datetime.date:
@@ -638,7 +643,9 @@ def open_client(url: str, credentials: Credentials | None, timeout: float, verif
             url, return_raw_response=True, verify=verify, trust_env=False, follow_redirects=False,
             timeout=httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout), pool=None),
             limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
-            headers={"User-Agent": f"store_study_info/{__version__}"})
+            headers={"User-Agent": f"store_study_info/{__version__}"},
+            # httpx itself reads a Location, even where it does not follow it, and fails over a broken one
+            event_hooks={"response": [lambda got: got.extensions.update(at=got.headers.pop("location", None))]})
     except ImportError as error:
         raise missing_packages(error.name or str(error)) from None
     if credentials:
@@ -875,7 +882,7 @@ class Http:
 
     def _check_status(self, response, method: str, path: str, body: Any) -> None:
         """Raise what a status other than 2xx means: for the run, for what was asked, or for this try alone."""
-        status, location = response.status_code, response.headers.get("location")
+        status, location = response.status_code, response.extensions["at"]
         if 200 <= status < 300:
             self.last_success = time.monotonic()
             return
@@ -1039,6 +1046,10 @@ class Learnt:
         self.orders = True                # whether it can sort instances by their reception
         self.series_together = SERIES_TOGETHER    # how many one find should bring, so that its answer comes soon
 
+    def ask_for_fewer(self, series: int) -> None:
+        """A find for so many series was too large for the server."""
+        self.series_together = max(1, min(series, self.series_together) // 2)
+
 
 class Orthanc:
     """The questions that are asked of one server, from any thread, and what it can: see the table in NOTES.md."""
@@ -1144,24 +1155,6 @@ class Orthanc:
             self.learnt.complete_below = max(self.learnt.complete_below, math.inf if seen >= total else seen)
         return len(studies) >= self.learnt.complete_below
 
-    def studies_between(self, first: datetime.date, last: datetime.date,
-                        prefix: str) -> tuple[list[Study], list[datetime.date]]:
-        """The studies from first to last whose accession begins with prefix, and the days that may be incomplete."""
-        low, high = digits_of(first), digits_of(last)
-        # Without the first * no accession that is kept with a leading blank; the exact day is half the cost on 1.10.
-        query = {"AccessionNumber": f"*{prefix}*" if prefix else "*",
-                 "StudyDate": low if low == high else f"{low}-{high}"}
-        studies, complete = self.find_studies(query)
-        studies = [study for study in studies
-                   if study.accession and study.accession.startswith(prefix) and low <= study.date <= high]
-        if complete:
-            return studies, []
-        if first == last:
-            return studies, [first]
-        days = map(datetime.date.fromordinal, range(first.toordinal(), last.toordinal() + 1))
-        answers = [self.studies_between(day, day, prefix) for day in days]
-        return [study for found, _ in answers for study in found], [day for _, doubtful in answers for day in doubtful]
-
     def studies_of(self, accessions: list[str]) -> dict[str, Found]:
         """{accession: its studies}, asked for together. Raises ServerError where the answer may have been cut."""
         studies = self._find_all({"AccessionNumber": "\\".join(accessions)})
@@ -1200,7 +1193,7 @@ class Orthanc:
         answers = self.find("Series", query, tags, ("RequestedTags", "Parent", "IsStable"))
         took, long = time.monotonic() - began, min(LONG_ANSWER, self.http.timeout / 10)
         if took > long:
-            self.ask_for_fewer(len(answers))
+            self.learnt.ask_for_fewer(len(answers))
         elif took < long / 4:
             self.learnt.series_together = min(SERIES_TOGETHER, 2 * self.learnt.series_together)
         return [read_series(answer) for answer in answers], len(answers) >= self.uncut_below
@@ -1209,10 +1202,6 @@ class Orthanc:
     def uncut_below(self) -> float:
         """An answer with fewer studies or series than this is complete."""
         return math.inf if self.extended else self.learnt.complete_below
-
-    def ask_for_fewer(self, series: int) -> None:
-        """A find for so many series was too large for the server."""
-        self.learnt.series_together = max(1, min(series, self.learnt.series_together) // 2)
 
     def list_series(self, study: Study) -> list[Series]:
         """The series of a study, without any limit, with their instances where no find tells them in a better order."""
@@ -1237,13 +1226,6 @@ class Orthanc:
                     raise
                 self.learnt.orders = False
         return sorted(self.find("Instance", query, tags, content, **more), key=lambda one: required_id(one, "ID"))
-
-    def instances_of(self, studies: Iterable[Study]) -> dict[str, tuple[str, ...]]:
-        """{series ID: instance IDs in the order received}, for servers whose own lists are in another order."""
-        instances: dict[str, list[str]] = {}
-        for answer in self.find_instances({"StudyInstanceUID": uid_list(studies)}, ()):
-            instances.setdefault(required_id(answer, "ParentSeries"), []).append(required_id(answer, "ID"))
-        return {series: tuple(ids) for series, ids in instances.items()}
 
     def first_headers(self, series: Series, tags: Iterable[str]) -> Iterator[tuple[str, Header]]:
         """(ID, requested tags) of the first instances of a series in the order received, the very first included."""
@@ -1296,6 +1278,33 @@ class Orthanc:
         """Whether the file has Explicit VR Big Endian."""
         header = self._spend().json(dict, "GET", f"/instances/{instance}/header?short")
         return header.get("0002,0010") == "1.2.840.10008.1.2.2"
+
+
+def instances_of(orthanc: Orthanc, studies: Iterable[Study]) -> dict[str, tuple[str, ...]]:
+    """{series ID: instance IDs in the order received}, for servers whose own lists are in another order."""
+    instances: dict[str, list[str]] = {}
+    for answer in orthanc.find_instances({"StudyInstanceUID": uid_list(studies)}, ()):
+        instances.setdefault(required_id(answer, "ParentSeries"), []).append(required_id(answer, "ID"))
+    return {series: tuple(ids) for series, ids in instances.items()}
+
+
+def studies_between(orthanc: Orthanc, first: datetime.date, last: datetime.date,
+                    prefix: str) -> tuple[list[Study], list[datetime.date]]:
+    """The studies from first to last whose accession begins with prefix, and the days that may be incomplete."""
+    low, high = digits_of(first), digits_of(last)
+    # Without the first * no accession that is kept with a leading blank; the exact day is half the cost on 1.10.
+    query = {"AccessionNumber": f"*{prefix}*" if prefix else "*",
+             "StudyDate": low if low == high else f"{low}-{high}"}
+    studies, complete = orthanc.find_studies(query)
+    studies = [study for study in studies
+               if study.accession and study.accession.startswith(prefix) and low <= study.date <= high]
+    if complete:
+        return studies, []
+    if first == last:
+        return studies, [first]
+    days = map(datetime.date.fromordinal, range(first.toordinal(), last.toordinal() + 1))
+    answers = [studies_between(orthanc, day, day, prefix) for day in days]
+    return [study for found, _ in answers for study in found], [day for _, doubtful in answers for day in doubtful]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1663,7 +1672,7 @@ def fetch_together(orthanc: Orthanc, group: list[Acquisition], options: Options)
         try:
             series, cut = orthanc.series_of({"AccessionNumber": "\\".join(accessions)}, options.tags)
         except StudyError:
-            orthanc.ask_for_fewer(sum(wanted.series_count for wanted in group))
+            orthanc.learnt.ask_for_fewer(sum(wanted.series_count for wanted in group))
             raise
         names = [get_element(one.header, ACCESSION) for one in series]
         return {accession: ([one for one, name in zip(series, names, strict=True) if name == accession], cut)
@@ -1745,7 +1754,7 @@ def with_headers(orthanc: Orthanc, studies: list[Study], series: list[Series]) -
     more).
     """
     if any(lacks_file_tags(one) and one.instances is None for one in series):    # lists by ID, or told by a find
-        instances = orthanc.instances_of(studies) if orthanc.extended else \
+        instances = instances_of(orthanc, studies) if orthanc.extended else \
             {one.id: one.instances for study in studies for one in orthanc.list_series(study)}
         series = [one._replace(instances=instances.get(one.id, ())) if lacks_file_tags(one) else one for one in series]
     if any(lacks_file_tags(one) and not one.instances for one in series):
@@ -2461,7 +2470,7 @@ def say_empty(days: list[datetime.date], prefix: str | None = None) -> None:
 def list_dates(run: Run, first: datetime.date, last: datetime.date) -> list[Study] | None:
     """The studies from first to last; where they are not known to be none, None. What is wrong is said."""
     try:
-        studies, doubtful = aside(run.orthanc.studies_between, first, last, run.options.prefix)
+        studies, doubtful = aside(studies_between, run.orthanc, first, last, run.options.prefix)
     except StudyError as error:
         run.tally.doubtful_dates += 1
         log.error("%s: cannot be listed: %s", days_from(first, last), error)
@@ -2546,23 +2555,22 @@ def fetch_and_store(run: Run, todo: list[Acquisition], conn: Database, out: Call
           contextlib.closing(in_order(fetch, groups(run, todo), run.jobs, len)) as batches):
         for batch in batches:
             ready = [pair for group, results in batch for pair in zip(group, results, strict=True)]
-            for acquisition in store_ready(run, ready, conn):
-                out(acquisition.accession)
+            store_ready(run, ready, conn, out)
             advance(len(ready))
 
 
-def store_ready(run: Run, ready: list[tuple[Acquisition, Fetched | StudyError]], conn: Database) -> list[Acquisition]:
-    """Store what is ready in one transaction and say what became of each; those to be printed."""
+def store_ready(run: Run, ready: list[tuple[Acquisition, Fetched | StudyError]], conn: Database,
+                out: Callable[[str], None]) -> None:
+    """Store what is ready in one transaction, then say what became of each and print it."""
     fetched = [(acquisition.accession, one.study, one.series)
                for acquisition, one in ready if not isinstance(one, StudyError)]
     outcomes = iter(store_studies(conn, fetched, run.options.force) if fetched else ())
-    printed = []
     for acquisition, one in ready:
-        if finish(run, acquisition, one, one if isinstance(one, StudyError) else next(outcomes)) and acquisition.dated:
-            printed.append(acquisition)
+        stored = finish(run, acquisition, one, one if isinstance(one, StudyError) else next(outcomes))
         run.tally.not_reached -= 1
         acquisition.studies.clear()
-    return printed
+        if stored and acquisition.dated:
+            out(acquisition.accession)
 
 
 def finish(run: Run, acquisition: Acquisition, fetched: Fetched | StudyError, outcome: Outcome | StudyError) -> bool:
@@ -2631,7 +2639,7 @@ def prefix_argument(text: str) -> str:
 def expanded(path: str | None) -> str | None:
     """A path with ~ replaced by the home folder. Raises UsageError where that is not known."""
     whole = os.path.expanduser(path) if path and path[0] == "~" else None
-    if whole and (not os.path.isabs(whole) or os.environ.get("HOME") == ""):
+    if whole and (not os.path.isabs(whole) or os.getenv("HOME") == ""):
         raise UsageError(f"{quoted(path or '')}: the home folder that ~ stands for is not known; write the whole path")
     return whole or path
 

@@ -3,6 +3,7 @@
 
     python tests/benchmark.py [--quick] [--sections start,month,…] [--orthanc 'COMMAND'] > figures.md
     git show REVISION:store_study_info.py > /tmp/other.py && python tests/benchmark.py --against /tmp/other.py
+    python tests/benchmark.py --scale [--orthanc 'COMMAND'] [--against FILE]
 
 Compared are the program, with 4 jobs and with 1; the walk that pyorthanc's classes lead to; and the limit, which is
 what the server itself needs to tell everything: one `tools/find` on a connection that is open already. With `--against`
@@ -21,6 +22,11 @@ The sections:
     growth    10, 100 and 1000 studies of one small series each: time and memory a study must stay level
     database  storing and skipping, into an empty database and beside a million series
     fsync     a month of small studies on a slow disk: each fsync and fdatasync takes --fsync ms longer
+
+With --scale, instead of the sections: on each server of ORTHANC_COMMANDS, what a month costs alone and among ten times
+as many other studies, and what a day among them costs beside the walk. Two such servers run side by side, so that a
+ratio is one of the same minute. Where the index is Orthanc's own SQLite file, the same again once SQLite has statistics
+of it (`ANALYZE`, with Orthanc stopped), which Orthanc itself never makes.
 """
 import argparse
 import asyncio
@@ -144,7 +150,7 @@ int fdatasync(int file) { return later("fdatasync", file); }
 def limit_body(month: str) -> str:
     from store_study_info import SERIES_TAGS
     return json.dumps({
-        "Level": "Series", "Query": {"AccessionNumber": "E*", "StudyDate": f"{month}01-{month}31"},
+        "Level": "Series", "Query": {"AccessionNumber": "E*", "StudyDate": days_of(month)},
         "Since": 0, "Limit": 0, "Expand": True, "Short": True, "RequestedTags": SERIES_TAGS,
         "ResponseContent": ["RequestedTags", "Parent", "IsStable"]})
 
@@ -152,6 +158,10 @@ def limit_body(month: str) -> str:
 # ------------------------------------------------------------------------------------------------------------------
 # The server and what is on it
 # ------------------------------------------------------------------------------------------------------------------
+
+def days_of(month: str) -> str:
+    return f"{month}01-{month}31"
+
 
 def study_date(month: str, index: int, count: int) -> str:
     """A day of the month; the studies are spread over it evenly."""
@@ -182,10 +192,10 @@ def month_files(month: str, studies: int, series: int, instances: int, change: C
                                            ta=f"TA 0{one % 10}:{index % 60:02d}", sar=f"0.{one:02d}{index % 10}")
 
 
-def upload(server: "Orthanc", files: Iterable[bytes]) -> tuple[int, int]:
+def upload(server: "Orthanc", files: Iterable[bytes], threads: int = 2) -> tuple[int, int]:
     """Files and bytes sent. Two at a time: pydicom makes the next while Orthanc writes the last."""
     count = size = 0
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         pending = []
         for data in files:
             pending.append(pool.submit(server.upload, data))
@@ -434,10 +444,10 @@ class Bench(NamedTuple):
             path.unlink(missing_ok=True)
         return self.run(script, "--url", url, "--db", path, *more, month)
 
-    def walk(self, url: str, month: str) -> Sample:
+    def walk(self, url: str, dates: str) -> Sample:
         path = self.folder / "walk.db"
         path.unlink(missing_ok=True)
-        return self.run("-c", WALK, url, path, f"{month}01-{month}31")
+        return self.run("-c", WALK, url, path, dates)
 
     def limit(self, url: str, month: str) -> Sample:
         return self.run("-c", LIMIT, url, limit_body(month))
@@ -489,7 +499,7 @@ def section_month(bench: Bench, month: str = MONTH, title: str = "A month") -> s
                 return lambda: bench.program(url, month, *more, db=prefix + db, anew=anew, script=script)
             return {"`--jobs 4`": run("--jobs", 4, db="ours.db"), "`--jobs 1`": run("--jobs", 1, db="ours.db"),
                     "again, all stored": run(db="stored.db", anew=False)}
-        return with_other(bench, runs) | {"walk": lambda: bench.walk(url, month),
+        return with_other(bench, runs) | {"walk": lambda: bench.walk(url, days_of(month)),
                                           "limit": lambda: bench.limit(url, month), "start": bench.start}
 
     for prefix in ("", OTHER):
@@ -535,7 +545,7 @@ def month_rows(samples: Samples, wire: Wire, limits: list[float], latency: float
 
 def check_contents(bench: Bench, month: str, count: int) -> None:
     """End where the contenders do not store the same: then there is nothing to compare."""
-    bench.walk(bench.server.url, month)
+    bench.walk(bench.server.url, days_of(month))
     walked = contents(bench.folder / "walk.db")
     for script in filter(None, (PROGRAM, bench.arguments.against)):
         bench.program(bench.server.url, month, script=script)
@@ -682,6 +692,100 @@ def section_fsync(bench: Bench) -> str:
     return title + table(["run", "s, disk as it is", "s, slow disk", "ratio"], rows)
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# Scale: what other studies on the server cost
+# ------------------------------------------------------------------------------------------------------------------
+
+DAY = f"{MONTH}15"
+ALONE, AMONG, ONE_DAY, DAY_WALK = "month alone", "month among others", "day among others", "walk of that day"
+
+
+def other_files(count: int) -> Iterator[bytes]:
+    """Studies of earlier months, of the size of those that are measured."""
+    for number, first in enumerate(range(0, count, 300)):
+        yield from month_files(f"{2023 - number // 12}{1 + number % 12:02d}", min(300, count - first), 1, 1,
+                               headers_of(0, 0))
+
+
+def scale_contenders(small: Bench, large: Bench, relayed: bool) -> Contenders:
+    alone, among = ((one.relay if relayed else one.server).url for one in (small, large))
+
+    def runs(script: pathlib.Path, prefix: str) -> Contenders:
+        return {ALONE: lambda: small.program(alone, MONTH, db=prefix + "alone.db", script=script),
+                AMONG: lambda: large.program(among, MONTH, db=prefix + "among.db", script=script),
+                ONE_DAY: lambda: large.program(among, DAY, db=prefix + "day.db", script=script)}
+    return with_other(small, runs) | {DAY_WALK: lambda: large.walk(among, DAY)}
+
+
+def scale_tables(bench: Bench, measured: dict[str, Samples], wire: Wire) -> str:
+    """measured: samples by what had been done to the index of the larger server."""
+    month, day, others = [], [], []
+    for after, samples in measured.items():
+        for prefix, who in (("", "this program"), (OTHER, "the other")):
+            if prefix + ALONE not in samples:
+                continue
+            alone, among, a_day = (samples[prefix + name] for name in (ALONE, AMONG, ONE_DAY))
+            month.append((who + after, f"{median(alone):.2f}", f"{median(among):.2f}",
+                          f"{ratio(each(among), each(alone)):.2f}", wire[prefix + ALONE][0], wire[prefix + AMONG][0]))
+            day.append((who + after, f"{median(a_day):.2f}", f"{median(samples[DAY_WALK]):.2f}",
+                        f"{ratio(each(samples[DAY_WALK]), each(a_day)):.1f}", wire[prefix + ONE_DAY][0],
+                        wire[DAY_WALK][0]))
+        others += other_rows(samples, wire, after)
+    heads = ["s alone", "s among others", "ratio", "requests alone", "requests among others"]
+    return table(["month", *heads], month) + "\n" \
+        + table(["day among others", "s", "walk's s", "faster than walk", "requests", "walk's requests"], day) \
+        + against(bench, others)
+
+
+def analyze(server: "Orthanc") -> float:
+    """Give SQLite the statistics of the index; the seconds that it takes."""
+    with server.stopped(), contextlib.closing(sqlite3.connect(server.folder / "index")) as conn:
+        began = time.perf_counter()
+        conn.execute("ANALYZE")
+        return time.perf_counter() - began
+
+
+def in_plugin(server: "Orthanc") -> bool:
+    """Whether the index is in PostgreSQL or the like, not in Orthanc's own SQLite file."""
+    return bool(server.client.get("/system").json().get("DatabaseBackendPlugin"))
+
+
+def scale(small: Bench, large: Bench) -> str:
+    count, others = small.arguments.beside, small.arguments.others
+    for bench in (small, large):
+        upload(bench.server, month_files(MONTH, count, 1, 1, headers_of(0, 0)), threads=4)
+    large.say(f"{large.server.command}: {count} studies alone and among {others} others")
+    upload(large.server, other_files(others), threads=4)
+    large.say("all sent")
+    for bench in (small, large):
+        bench.server.settle(120)
+    wire = scale_wire(small, large)
+    check_scale(small, count)
+    measured = {"": alternate(small.arguments.rounds, scale_contenders(small, large, relayed=False))}
+    if not in_plugin(large.server) and large.server.answers_tags:
+        large.say(f"ANALYZE took {analyze(large.server):.2f} s")
+        measured[", after ANALYZE"] = alternate(small.arguments.rounds, scale_contenders(small, large, relayed=False))
+    return f"### {count} small studies of a month, alone and among {others} others\n\n" \
+        + scale_tables(small, measured, wire)
+
+
+def scale_wire(small: Bench, large: Bench) -> Wire:
+    """What each has on the wire."""
+    return {name: (large if name.endswith(("others", "day")) else small).wire({name: run})[name]
+            for name, run in scale_contenders(small, large, relayed=True).items()}
+
+
+def check_scale(bench: Bench, count: int) -> None:
+    """End where a month among others is not what it is alone, or the walk's day not the program's."""
+    prefixes = ["", OTHER] if bench.arguments.against else [""]
+    walked = contents(bench.folder / "walk.db")
+    for prefix in prefixes:
+        alone, among, day = (contents(bench.folder / f"{prefix}{name}.db") for name in ("alone", "among", "day"))
+        if alone != among or len(alone) != 2 * count or day != walked or not day:
+            raise SystemExit(f"{prefix}what is stored differs: {len(alone)} rows of the month alone, {len(among)} "
+                             f"among others, {len(day)} of the day, {len(walked)} by the walk")
+
+
 SECTIONS = {"start": section_start, "month": section_month, "large": section_large, "growth": section_growth,
             "database": section_database, "fsync": section_fsync}
 
@@ -703,7 +807,8 @@ def machine(bench: Bench) -> str:
     python = bench.run("-c", VERSIONS, "pyorthanc", "pydicom", "httpx").out.strip()
     with contextlib.suppress(metadata.PackageNotFoundError):
         python += f", numpy {metadata.version('numpy')}" if bench.run.python == sys.executable else ""
-    return (f"Orthanc {bench.server.version}; Python {python}; {cores} cores, {memory:.0f} GB memory, "
+    index = ", its index in PostgreSQL" if in_plugin(bench.server) else ""
+    return (f"Orthanc {bench.server.version}{index}; Python {python}; {cores} cores, {memory:.0f} GB memory, "
             f"{platform.system()} {platform.machine()}, load {os.getloadavg()[0]:.1f}; "
             f"medians of {bench.arguments.rounds} rounds\n")
 
@@ -738,6 +843,8 @@ SIZES = {    # options: default, with --quick at most, what it counts
     "growth": (1000, 100, "studies of the last step of growth"),
     "stored": (1_000_000, 20_000, "series stored beforehand"),
     "synced": (120, 12, "studies of the section fsync"),
+    "beside": (300, 30, "small studies of the month of --scale"),
+    "others": (3000, 60, "small studies that --scale puts beside them"),
     "rounds": (5, 1, "measured rounds"),
 }
 
@@ -745,8 +852,9 @@ SIZES = {    # options: default, with --quick at most, what it counts
 def options(argv=None) -> argparse.Namespace:
     from orthanc import commands
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--orthanc", metavar="COMMAND", default=next(iter(commands()), None),
-                        help="how to start Orthanc (default: %(default)s)")
+    parser.add_argument("--orthanc", metavar="COMMAND", help="how to start Orthanc (default: the first of "
+                        "ORTHANC_COMMANDS, with --scale each of them)")
+    parser.add_argument("--scale", action="store_true", help="a month alone and among many others, nothing else")
     parser.add_argument("--against", metavar="FILE", type=lambda name: pathlib.Path(name).resolve(),
                         help="another revision of the program, measured beside this one")
     parser.add_argument("--python", default=sys.executable,
@@ -765,7 +873,8 @@ def options(argv=None) -> argparse.Namespace:
             setattr(arguments, name, min(getattr(arguments, name), small))
     arguments.sections = [name for name in SECTIONS if name in arguments.sections.split(",")]
     arguments.latency = [float(text) for text in arguments.latency.split(",")]
-    if not arguments.orthanc:
+    arguments.commands = [arguments.orthanc] if arguments.orthanc else commands()[:None if arguments.scale else 1]
+    if not arguments.commands:
         parser.error("no Orthanc was found: install one, or name one with --orthanc")
     if not arguments.sections:
         parser.error(f"--sections takes {', '.join(SECTIONS)}")
@@ -774,22 +883,32 @@ def options(argv=None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv=None) -> None:
-    arguments = options(argv)
+@contextlib.contextmanager
+def benches(arguments: argparse.Namespace, command: str, count: int) -> Iterator[list[Bench]]:
+    """So many new servers of one kind, each with what measures it; a sentence ends all where one does not start."""
     from orthanc import DidNotStart, Orthanc
     with contextlib.ExitStack() as stack:
         try:
-            server = stack.enter_context(Orthanc(arguments.orthanc))
+            servers = [stack.enter_context(Orthanc(command)) for _ in range(count)]
         except DidNotStart as error:
             sys.exit(str(error))
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
-        relaying = stack.enter_context(Relay(int(server.url.rpartition(":")[2])))
         run = stack.enter_context(Runner(folder, arguments.python))
-        bench = Bench(arguments, server, relaying, run, folder)
-        print(machine(bench), flush=True)
-        for section in arguments.sections:
-            fill(bench, section)
-            print(SECTIONS[section](bench), flush=True)
+        relays = [stack.enter_context(Relay(int(server.url.rpartition(":")[2]))) for server in servers]
+        yield [Bench(arguments, server, relay, run, folder) for server, relay in zip(servers, relays, strict=True)]
+
+
+def main(argv=None) -> None:
+    arguments = options(argv)
+    for command in arguments.commands:
+        with benches(arguments, command, 2 if arguments.scale else 1) as made:
+            print(machine(made[0]), flush=True)
+            if arguments.scale:
+                print(scale(*made), flush=True)
+                continue
+            for section in arguments.sections:
+                fill(made[0], section)
+                print(SECTIONS[section](made[0]), flush=True)
 
 
 if __name__ == "__main__":

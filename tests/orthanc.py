@@ -14,6 +14,8 @@ import time
 
 import httpx
 
+import postgresql
+
 HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -64,8 +66,8 @@ def free_port() -> int:
 class Orthanc:
     """One server in a temporary folder on a free loopback port, as a context manager; .url is where it answers.
 
-    command: how to start it; one that begins with `chroot DIR` gets its folder inside of DIR.
-    options go into its configuration.
+    command: how to start it; one that begins with `chroot DIR` gets its folder inside of DIR, and one that ends in
+    `+postgresql` has its index in a PostgreSQL of its own. options go into its configuration.
     """
 
     url: str
@@ -73,9 +75,14 @@ class Orthanc:
     client: httpx.Client
     process: subprocess.Popen
     folder: pathlib.Path
+    inside: str    # the folder, as the server sees it
+    postgresql: postgresql.PostgreSQL
 
     def __init__(self, command: str, **options):
         self.command, self.words, self.options = command, shlex.split(command), options
+        self.with_postgresql = self.words[-1:] == ["+postgresql"]
+        if self.with_postgresql:
+            self.words.pop()
         self.root = pathlib.Path(self.words[1] if self.words[0] == "chroot" and self.words[1:] else "/")
         self.stack = contextlib.ExitStack()
 
@@ -90,6 +97,8 @@ class Orthanc:
             port = free_port()
             try:
                 self.launch(port, stack)
+            except postgresql.Failed as error:
+                raise DidNotStart(f"{self.command} cannot be started: {error}") from None
             except OSError as error:    # no such command, no such folder
                 raise DidNotStart(f"{self.command} cannot be started: {error.strerror}.") from None
             self.url = f"http://127.0.0.1:{port}"
@@ -104,17 +113,38 @@ class Orthanc:
         base = self.root / "tmp" if self.root != pathlib.Path("/") else pathlib.Path(tempfile.gettempdir())
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="orthanc-", dir=base))
         stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
-        inside = "/" + str(self.folder.relative_to(self.root))
+        self.inside = "/" + str(self.folder.relative_to(self.root))
+        index = {}
+        if self.with_postgresql:
+            self.postgresql = stack.enter_context(postgresql.PostgreSQL(self.root))
+            index = self.postgresql.configuration
         configuration = {
-            "StorageDirectory": inside, "IndexDirectory": inside, "HttpPort": port, "DicomServerEnabled": False,
-            "RemoteAccessAllowed": False, "AuthenticationEnabled": False, "StableAge": 1, "Plugins": [],
-            "SyncStorageArea": False, **self.options}
+            "StorageDirectory": self.inside, "IndexDirectory": self.inside, "HttpPort": port,
+            "DicomServerEnabled": False, "RemoteAccessAllowed": False, "AuthenticationEnabled": False, "StableAge": 1,
+            "Plugins": [], "SyncStorageArea": False, **index, **self.options}
         (self.folder / "orthanc.json").write_text(json.dumps(configuration))
+        self.run()
+        stack.callback(self.end)
+
+    def run(self) -> None:
         with open(self.folder / "log", "wb") as log:
-            self.process = subprocess.Popen([*self.words, inside + "/orthanc.json"], stdin=subprocess.DEVNULL,
+            self.process = subprocess.Popen([*self.words, self.inside + "/orthanc.json"], stdin=subprocess.DEVNULL,
                                             stdout=log, stderr=log)
-        stack.callback(self.process.wait)
-        stack.callback(self.process.kill)    # nothing of it is kept, and an orderly end takes it two seconds
+
+    def end(self) -> None:
+        self.process.kill()    # nothing of it is kept, and an orderly end takes it two seconds
+        self.process.wait()
+
+    @contextlib.contextmanager
+    def stopped(self):
+        """While it is stopped in good order; then it answers at the same address again, with what it held."""
+        self.process.terminate()
+        self.process.wait(60)
+        try:
+            yield
+        finally:
+            self.run()
+            self.first_answer()
 
     def first_answer(self) -> dict:
         for _ in range(600):
@@ -138,6 +168,11 @@ class Orthanc:
     @property
     def extended(self) -> bool:
         return self.client.get("/system").json().get("Capabilities", {}).get("HasExtendedFind", False)
+
+    @property
+    def own_index(self) -> bool:
+        """Whether the index is Orthanc's own, which keeps the order of reception."""
+        return self.client.get("/system").json().get("DatabaseBackendPlugin") is None
 
     @property
     def answers_tags(self) -> bool:

@@ -76,7 +76,7 @@ make_environment() {
     base=$(find_python)
     env="$place/.env"
     stamp=$(cat "$here/../requirements.txt" "$here/requirements.txt" | cksum)
-    stamp="$stamp $("$base" -c 'import sys; print(sys.version, sys.prefix)' | tr '\n' ' ')"
+    stamp="$stamp $("$base" -c 'import sys; print(sys.version, sys.base_prefix)' | tr '\n' ' ')"
     for made in "$here/.env" "$env"; do    # where the clone cannot be written, its owner may have made one
         PYTHON="$made/bin/python"
         stamped=$([ ! -x "$PYTHON" ] || cat "$made/stamp" 2>/dev/null || true)

@@ -1,10 +1,12 @@
 """A small stand-in for an Orthanc server: the few calls that store_study_info.py makes, and nothing else.
 
-    python tests/stand_in.py [--port N] [--old] FILE...
+    python tests/stand_in.py [--port N] [--old | --postgresql] FILE...
 
 It answers as Orthanc 1.12.7 does or, with `old`, as 1.10.1, which ignores RequestedTags, ResponseContent and OrderBy
-and has no extended find. What it says is held to what real servers say by test_stand_in.py. It is for faults (see
-endpoint.py), for tests without an Orthanc, and never for real data: nothing is kept, nobody is asked for a password.
+and has no extended find; or, with `postgresql`, as 1.12.7 with its index in PostgreSQL (plugin 5.0), which answers
+RequestedTags, but has no extended find and refuses OrderBy. What it says is held to what real servers say by
+test_stand_in.py. It is for faults (see endpoint.py), for tests without an Orthanc, and never for real data: nothing is
+kept, nobody is asked for a password.
 """
 import argparse
 import contextlib
@@ -17,7 +19,7 @@ import struct
 import sys
 import time
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import httpx
@@ -56,6 +58,7 @@ COUNTED = {"Study": "0020,1206", "Series": "0020,1209"}    # NumberOfStudyRelate
 SOP_CLASS = "0008,0016"                                    # kept as metadata of the instance
 RECEIVED = [{"Type": "Metadata", "Key": "ReceptionDate", "Direction": "ASC"}]
 
+LEADING_KEPT = {"LO", "LT", "SH", "ST", "UC", "UT"}    # text whose leading blanks are part of it
 TEXT = {"AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT"}
 BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FD": "d", "FL": "f"}
 
@@ -66,6 +69,10 @@ class NotFound(Exception):
 
 class BadRequest(Exception):
     """Answered with 400."""
+
+
+class NotImplementedYet(Exception):
+    """Answered with 500."""
 
 
 # -- from a file to what Orthanc tells of it -------------------------------------------------------------------------
@@ -106,7 +113,8 @@ def values_of(ds: pydicom.Dataset, encoding: str) -> dict[str, Any]:
 
 def text_of(vr: str, raw: bytes, encoding: str) -> str | None:
     if vr in TEXT:
-        return raw.decode(encoding, "replace").strip(" \0")
+        text = raw.decode(encoding, "replace").rstrip(" \0")
+        return text.lstrip("\0" if vr in LEADING_KEPT else " \0")
     if vr in BINARY:
         return "\\".join(format(value, ".17g") for (value,) in struct.iter_unpack("<" + BINARY[vr], raw))
     return None
@@ -161,9 +169,10 @@ class StandIn(Endpoint):
     stable at once).
     """
 
-    def __init__(self, *files: bytes, old: bool = False, LimitFindResults: int = 0, StorageAccessOnFind: str = "Always",
-                 StableAge: float = 0, **options):
+    def __init__(self, *files: bytes, old: bool = False, postgresql: bool = False, LimitFindResults: int = 0,
+                 StorageAccessOnFind: str = "Always", StableAge: float = 0, **options):
         super().__init__(**options)
+        self.postgresql = postgresql
         self.old, self.cap, self.blind, self.stable_age = (
             old,
             LimitFindResults,
@@ -186,9 +195,15 @@ class StandIn(Endpoint):
 
     @property
     def extended(self) -> bool:
-        return not self.old
+        return not self.old and not self.postgresql
 
-    answers_tags = extended
+    @property
+    def own_index(self) -> bool:
+        return not self.postgresql
+
+    @property
+    def answers_tags(self) -> bool:
+        return not self.old
 
     def upload(self, *files: bytes) -> list[dict]:
         """Store DICOM files, in this order."""
@@ -241,6 +256,9 @@ class StandIn(Endpoint):
             )
         except NotFound:
             return Answer(404, b"", "text/plain")
+        except NotImplementedYet as error:
+            return Answer(500, json.dumps({"HttpStatus": 500, "Message": "Not implemented yet",
+                                           "Details": str(error)}).encode(), "text/plain")
         except BadRequest as error:
             return Answer(
                 400,
@@ -256,6 +274,9 @@ class StandIn(Endpoint):
     def post(self, parts: list[str], request: Request) -> Any:
         if parts == ["tools", "find"]:
             return self.find(request.json)
+        if parts == ["tools", "count-resources"] and not self.old:
+            asked = request.json
+            return {"Count": len(self.rows(asked["Level"], patterns_of(asked["Query"]), asked))}
         raise NotFound
 
     def remove(self, parts: list[str], request: Request) -> Any:
@@ -269,10 +290,13 @@ class StandIn(Endpoint):
         short = "short" in options
         match parts:
             case ["system"]:
-                capabilities = (
-                    {} if self.old else {"Capabilities": {"HasExtendedChanges": True, "HasExtendedFind": True}}
-                )
-                return {"ApiVersion": 16 if self.old else 27, "Name": "", "Version": self.version} | capabilities
+                capabilities = {"HasExtendedChanges": self.extended, "HasExtendedFind": self.extended}
+                return {
+                    "ApiVersion": 16 if self.old else 27,
+                    "Name": "",
+                    "Version": self.version,
+                    "DatabaseBackendPlugin": "libOrthancPostgreSQLIndex.so" if self.postgresql else None,
+                } | ({} if self.old else {"Capabilities": capabilities})
             case ["statistics"]:
                 return {
                     f"Count{'Studies' if level == 'Study' else level if level == 'Series' else level + 's'}": len(
@@ -362,38 +386,50 @@ class StandIn(Endpoint):
         level, query = asked.get("Level"), asked.get("Query")
         if level not in PARENT or not isinstance(query, dict):
             raise BadRequest(f"Invalid resource type '{level}'")
-        patterns = {tag_of(name): pattern for name, pattern in query.items()}
-        members = self.members(level)
-        found = [identifier for identifier, held in members.items() if self.matches(level, held[0], patterns)
-                 and (self.old or asked.get("ParentSeries") in (None, held[0].ids["Series"]))]
-        if self.old:
-            found = found[:self.cap + 1] if self.cap else found    # cut in the order received, before they are sorted
-        if asked.get("OrderBy", RECEIVED) != RECEIVED:
+        patterns, members = patterns_of(query), self.members(level)
+        found = self.rows(level, patterns, asked)
+        if self.old or "OrderBy" not in asked:
+            pass
+        elif self.postgresql:
+            raise NotImplementedYet("The database backend doesn't support ordering")
+        elif asked["OrderBy"] != RECEIVED:
             raise BadRequest("the stand-in knows no other order")
-        if not (level == "Instance" if self.old else "OrderBy" in asked):
-            found.sort()
-        found = self.page(found, asked)
+
+        def fitting(some: list[str]) -> list[str]:
+            return [one for one in some if self.matches(level, members[one][0], patterns)]
+        if self.old:    # cut in the order received, before they are sorted
+            found = fitting(found[:self.cap + 1] if self.cap else found)
+            found = self.page(found if level == "Instance" else sorted(found), asked)
+        elif self.postgresql:    # as many rows as to the end of the page, of which those that fit are counted
+            since, limit = asked.get("Since", 0), asked.get("Limit", 0)
+            rows = since + limit or (self.cap + 1 if self.cap and "Since" not in asked else 0)
+            if rows:
+                found = (found if query else sorted(found))[:rows]
+            found = fitting(found)[since:]
+        else:    # a page of rows, of which those that do not fit are missing
+            found = fitting(self.page(found if "OrderBy" in asked else sorted(found), asked))
         if not asked.get("Expand"):
             return found
         if self.old or "ResponseContent" not in asked:
             return [self.resource(level, identifier, bool(asked.get("Short"))) for identifier in found]
         return [self.requested(level, identifier, members[identifier], asked) for identifier in found]
 
+    def rows(self, level: str, patterns: dict[str, str], asked: dict) -> list[str]:
+        """What the index finds, in the order received: it keeps values without padding."""
+        parent = None if self.old else asked.get("ParentSeries")
+        return [identifier for identifier, held in self.members(level).items()
+                if self.matches(level, held[0], patterns, str.strip) and parent in (None, held[0].ids["Series"])]
+
     def page(self, found: list[str], asked: dict) -> list[str]:
         """Since and Limit, and what LimitFindResults makes of them."""
         since, limit = asked.get("Since", 0), asked.get("Limit", 0)
-        if (
-            self.cap
-            and not self.old
-            and not (asked.get("Since") == 0 and limit == 0)
-            and not ("Limit" not in asked and "Since" in asked)
-        ):
+        if self.cap and not self.old and (limit or "Since" not in asked):
             limit = min(limit or self.cap, self.cap)
         return found[since:since + limit] if limit else found[since:]
 
-    def matches(self, level: str, first: Instance, patterns: dict[str, str]) -> bool:
+    def matches(self, level: str, first: Instance, patterns: dict[str, str], read: Callable[[str], str] = str) -> bool:
         kept = {tag: value for one in LEVELS[:LEVELS.index(level) + 1] for tag, value in self.main(one, first).items()}
-        return all(match(kept.get(tag, ""), pattern, tag) for tag, pattern in patterns.items())
+        return all(match(read(kept.get(tag, "")), read(pattern), tag) for tag, pattern in patterns.items())
 
     def requested(self, level: str, identifier: str, held: list[Instance], asked: dict) -> dict:
         """A resource as ResponseContent wants it."""
@@ -427,6 +463,10 @@ class StandIn(Endpoint):
             elif tag not in kept and not self.blind:
                 told[tag] = held[0].header.get(tag)
         return dict(sorted(told.items()))
+
+
+def patterns_of(query: dict[str, str]) -> dict[str, str]:
+    return {tag_of(name): pattern for name, pattern in query.items()}
 
 
 def tag_of(name: str) -> str:
@@ -476,10 +516,12 @@ def content(ds: pydicom.Dataset, path: list[str]) -> bytes | list[str]:
 def main(argv=None):
     parser = argparse.ArgumentParser(description="A stand-in for an Orthanc server, on loopback, until Ctrl-C.")
     parser.add_argument("--port", type=int, default=0, help="where to listen (default: a free port)")
-    parser.add_argument("--old", action="store_true", help="answer as Orthanc 1.10.1 instead of 1.12.7")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--old", action="store_true", help="answer as Orthanc 1.10.1 instead of 1.12.7")
+    kinds.add_argument("--postgresql", action="store_true", help="answer as Orthanc 1.12.7 with PostgreSQL")
     parser.add_argument("files", metavar="FILE", nargs="*", help="DICOM files to hold")
     arguments = parser.parse_args(argv)
-    server = StandIn(old=arguments.old, port=arguments.port)
+    server = StandIn(old=arguments.old, postgresql=arguments.postgresql, port=arguments.port)
     for name in arguments.files:
         with open(name, "rb") as file:
             server.upload(file.read())

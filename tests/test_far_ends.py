@@ -15,7 +15,6 @@ import httpx
 import pytest
 import trustme
 from endpoint import Answer, at
-from orthanc import free_port
 from stand_in import StandIn
 
 import store_study_info as program
@@ -105,6 +104,9 @@ REDIRECTS = [
     ("http://[", "something that is not an address;", False),
     ("http://other.example:99999/system", "something that is not an address;", False),
     ("http://jo:1/secret@other.example/system", "something that is not an address;", False),
+    ("https://jo:secret%40other.example/system", "something that is not an address;", False),
+    ("http:jo:secret@other.example/system", "something that is not an address;", False),
+    ("http://xn--a/system", "http://xn--a;", True),
 ]
 
 
@@ -150,7 +152,7 @@ def test_of_the_page_of_an_error_a_few_kilobytes_are_read(here):
 
 
 @pytest.mark.parametrize("code", [400, 500])
-def test_after_the_first_contact_no_page_of_an_error_is_read(here, archive, code):
+def test_after_the_first_contact_no_page_of_an_error_is_taken_for_https(here, archive, code):
     archive.misbehave = of_e2(status(code, GO), "find study")
     said = sentence(here(*MONTH, url=archive.url))
     assert said.endswith(f"answered /tools/find with HTTP {code}") and " E2: " in said
@@ -202,12 +204,18 @@ def test_a_certificate_for_another_host_says_for_which(home, here, trusted, auth
     assert not home.db.exists()
 
 
-def test_the_names_of_a_certificate_are_not_waited_for_without_end():
+def test_the_names_of_a_certificate_are_not_waited_for_without_end(monkeypatch):
     """They take a second connection, which a server may accept and leave alone."""
+    connect, timeouts = socket.create_connection, []
+
+    def watched(address, timeout=None):
+        timeouts.append(timeout)
+        return connect(address, timeout or 0.2)
+    monkeypatch.setattr(socket, "create_connection", watched)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}"
         error = program.certificate_error(url, SimpleNamespace(verify_code=64), 0.1)
-    assert "has a certificate for other names, not for 127.0.0.1" in str(error)
+    assert "has a certificate for other names, not for 127.0.0.1" in str(error) and timeouts == [0.1]
 
 
 def test_a_connection_refused_by_tls_ends_only_a_run_that_had_no_answer_yet():
@@ -237,9 +245,12 @@ def test_the_same_is_said_of_a_page_and_with_a_prefix(here, archive):
     assert f"use {archive.url}/orthanc as --url" in said
 
 
-def test_a_host_named_app_is_not_taken_for_a_page(here):
-    said = sentence(here("E1", url=f"http://localhost:{free_port()}/apps"))
-    assert "ends before" not in said
+@pytest.mark.parametrize("url", ["http://app", "http://ui/orthanc", "http://host/apps", "http://host/gui"])
+def test_a_host_or_prefix_of_a_like_name_is_not_taken_for_a_page(url):
+    def fail(*_):
+        raise program.ServerError("not found")
+    with pytest.raises(program.RunError, match="is --url Orthanc's own address"):
+        _ = program.Orthanc(SimpleNamespace(url=url, json=fail)).extended    # type: ignore[arg-type]
 
 
 WITHOUT_SCHEME = ["micvna:8042", "localhost", "10.0.0.1:8042/orthanc", "[::1]:8042", "pacs.example.org/a-b/"]

@@ -276,7 +276,9 @@ def test_the_first_instance_received_gives_the_values(archive, home):
 
 def test_a_series_whose_first_instance_lacks_them_takes_all_values_from_the_next_that_has_them(archive, home):
     home.run("EODD", "EODDUN", url=archive.url)
-    assert [(row["sar"], row["duration"], row["sequence_name"]) for row in home.series("EODD")] == [(0.5, 60, "*b7")]
+    possible = ["*b7"] if archive.own_index else ["*b3", "*b5", "*b7"]    # the next received, where that is known
+    (row,) = home.series("EODD")
+    assert (row["sar"], row["duration"]) == (0.5, 60) and row["sequence_name"] in possible
     assert [(row["sar"], row["duration"]) for row in home.series("EODDUN")] == [(0.5, 60)]
 
 
@@ -291,7 +293,7 @@ def test_a_second_look_costs_at_most_six_requests_and_none_where_the_vendor_expl
         plain = len(proxy.requests)     # what one series costs; on older servers each further one costs one more
         proxy.forget()
         assert home.run(accession, url=proxy.url).status == 0
-        further_series = 2 if accession == "EENHANCED" and not archive.extended else 0
+        further_series = 2 if accession == "EENHANCED" and not archive.answers_tags else 0
         assert least <= len(proxy.requests) - plain - further_series <= most
 
 

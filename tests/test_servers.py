@@ -36,7 +36,7 @@ def test_nothing_is_lost_to_a_limit_on_results_or_the_days_are_named(servers, ho
     server.upload(*month(), *study("ELONG", series=12, instances=1, StudyDate="20240410"))
     server.settle()
     ran = home.run("202404", url=server.url)
-    if server.extended:
+    if server.extended or not server.own_index:
         assert ran.status == 0
         assert ran.printed == [f"EL{number:02}" for number in range(9)] + ["ELONG", "EM0", "EM1"]
         assert len(home.series("ELONG")) == 12
@@ -108,6 +108,8 @@ EVERY_KIND = [
     "EPROTOCOL", "EVALUES", "EMIX",
 ]
 
+OF_SEVERAL = {"EODD", "EODDUN", "EORDER"}    # their instances disagree: the first received counts, where that is known
+
 
 @pytest.mark.parametrize("options", [{"StorageAccessOnFind": "Never"}, {"LimitFindResults": 5}], ids=str)
 def test_the_database_does_not_depend_on_the_server_s_settings(servers, home, tmp_path_factory, options):
@@ -120,7 +122,8 @@ def test_the_database_does_not_depend_on_the_server_s_settings(servers, home, tm
             server.upload(*ARCHIVE)
         server.settle()
         files = ["--db", tmp_path_factory.mktemp(folder) / "x.db", "--csv", f"{folder}.csv"]
-        ran = home.run("--fallback", *files, *EVERY_KIND, url=server.url)
+        accessions = [one for one in EVERY_KIND if server.own_index or one not in OF_SEVERAL]
+        ran = home.run("--fallback", *files, *accessions, url=server.url)
         assert ran.status == 0, ran.err
         dumps.append((home.folder / f"{folder}.csv").read_text())
     assert dumps[0] == dumps[1]
@@ -133,6 +136,7 @@ def test_two_versions_give_the_same_database(home):
     if len(commands) < 2:
         pytest.skip("ORTHANC_COMMANDS names no second version of Orthanc")
     dumps = {}
+    same = [one for one in EVERY_KIND if one not in OF_SEVERAL or not any("+" in command for command in commands)]
     for command in commands:
         with orthanc.Orthanc(command) as server:
             server.upload(*ARCHIVE)
@@ -140,10 +144,10 @@ def test_two_versions_give_the_same_database(home):
             ran = home.run(
                 "--fallback",
                 "--db",
-                f"{server.version}.db",
+                f"{len(dumps)}.db",
                 "--csv",
                 "out.csv",
-                *EVERY_KIND,
+                *same,
                 "EVA",
                 "EUIH",
                 "EUMLAUT",
@@ -325,7 +329,8 @@ def test_the_first_instance_received_gives_the_values_also_when_the_study_is_lis
     with Proxy(server.url) as proxy:
         proxy.misbehave = lambda count, request: shorter if request.kind == "find series" else None
         assert home.run("ELISTED", url=proxy.url).status == 0
-    assert [row["sar"] for row in home.series()] == [0.7, 0.5]
+    first, second = (row["sar"] for row in home.series())
+    assert second == 0.5 and (first == 0.7 or not server.own_index and first in (0.1, 0.2, 0.5, 0.9))
 
 
 def test_a_limit_on_instances_does_not_cut_the_second_look(servers, home):
