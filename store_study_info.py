@@ -11,8 +11,8 @@
     ./store_study_info.py [options] TOKEN [TOKEN ...]
 
 The pipeline: every token is checked before anything is contacted or written; the server is asked which studies the
-tokens mean; each accession is fetched with one request for all its series (older servers: a few more, never an
-image); parsers turn the text of the DICOM tags into values or None; each accession is stored in one transaction.
+tokens mean; one request brings all series of up to 20 accessions (older servers: a few for each, never an image);
+parsers turn the text of the DICOM tags into values or None; what is ready is stored, each accession whole.
 
 The promises: a number that cannot be read is NULL, never a guess; an accession is stored as a whole or not at all;
 what a server may have held back is said; whatever fails ends in a sentence, and the rest is stored all the same.
@@ -1043,6 +1043,7 @@ class Learnt:
 
     def __init__(self) -> None:
         self.complete_below: float = 1    # an answer with fewer studies or series than this was not cut
+        self.capped = False               # whether more than that are never answered (LimitFindResults)
         self.orders = True                # whether it can sort instances by their reception
         self.series_together = SERIES_TOGETHER    # how many one find should bring, so that its answer comes soon
 
@@ -1093,11 +1094,15 @@ class Orthanc:
         return isinstance(capabilities, dict) and capabilities.get("HasExtendedFind") is True
 
     @property
+    def own_index(self) -> bool:
+        """Whether the index is Orthanc's own, which keeps the order of reception; a plugin's need not."""
+        return self.system.get("DatabaseBackendPlugin") is None
+
+    @property
     def lists_as_received(self) -> bool:
         """Whether a series lists its instances in the order received: before 1.11, with Orthanc's own index only."""
         version = re.match(r"(\d+)\.(\d+)", str(self.system["Version"]), re.ASCII)
-        own_index = self.system.get("DatabaseBackendPlugin") is None
-        return own_index and version is not None and (int(version[1]), int(version[2])) < (1, 11)
+        return self.own_index and version is not None and (int(version[1]), int(version[2])) < (1, 11)
 
     def find(self, level: str, query: dict, tags: Iterable[str], content: Iterable[str], **more) -> list[Header]:
         """`tools/find`. Both `Since: 0` and `Limit: 0` are needed against a server's LimitFindResults."""
@@ -1126,7 +1131,9 @@ class Orthanc:
                 records |= further
         studies = [read_study(answer) for answer in records.values()]
         fewest = 1 if "StudyDate" in query else 2    # no limit cuts to a single study
-        return studies, complete and (extended or len(studies) < fewest or not self._may_be_cut(studies))
+        level = "Series" if any(study.answers_tags for study in studies) else "Study"    # what is found next
+        ahead = min(SERIES_TOGETHER, sum(study.series for study in studies)) if level == "Series" else 0
+        return studies, complete and (len(studies) < fewest or not self.may_be_cut(level, len(studies), ahead))
 
     def _count(self, query: dict) -> int | None:
         """How many studies match, as the server counts them (1.12.5 and newer); None where it does not say."""
@@ -1136,32 +1143,28 @@ class Orthanc:
         except ServerError:
             return None
 
-    def _may_be_cut(self, studies: list[Study]) -> bool:
-        """Whether a server without extended find may have cut its answer of these studies (LimitFindResults).
+    def may_be_cut(self, level: str, count: int, ahead: int = 0) -> bool:
+        """Whether an answer of `count` records of a server without extended find may be cut (LimitFindResults).
 
         Seen by asking for one more of any: fewer than that and than the server counts are as many as it ever returns.
-        Where series are found by name the same question, asked of them, covers their answers too. The count comes
-        first, so that a study that arrives in between does no harm.
+        ahead: of how many an answer that is to come will be. The count comes first, so that a study that arrives in
+        between does no harm.
         """
-        if len(studies) >= self.learnt.complete_below:
-            series = any(study.answers_tags for study in studies)
-            level, counted = ("Series", "CountSeries") if series else ("Study", "CountStudies")
+        if not self.extended and count >= self.learnt.complete_below and not self.learnt.capped:
+            counted = {"Study": "CountStudies", "Series": "CountSeries"}[level]
             total = self.http.json(dict, "GET", "/statistics").get(counted)
             if not isinstance(total, int):
                 raise ServerError(f"{self.http.url} answered /statistics without the number of studies or series")
-            ahead = min(SERIES_TOGETHER, sum(study.series for study in studies)) if series else 0
-            query = {"Level": level, "Query": {}, "Limit": max(len(studies), ahead) + 1}
+            query = {"Level": level, "Query": {}, "Limit": max(count, ahead) + 1}
             seen = len(self.http.json(list, "POST", "/tools/find", query))
+            self.learnt.capped = seen < min(total, max(count, ahead) + 1)
             self.learnt.complete_below = max(self.learnt.complete_below, math.inf if seen >= total else seen)
-        return len(studies) >= self.learnt.complete_below
+        return not self.extended and count >= self.learnt.complete_below
 
-    def studies_of(self, accessions: list[str]) -> dict[str, Found]:
+    def studies_of(self, accessions: list[str]) -> dict[str, list[Study]]:
         """{accession: its studies}, asked for together. Raises ServerError where the answer may have been cut."""
         studies = self._find_all({"AccessionNumber": "\\".join(accessions)})
-        found = {accession: [study for study in studies if study.accession == accession] for accession in accessions}
-        # Kept with a leading blank it is not found by its name.
-        return {accession: (found[accession], []) if found[accession] else self.studies_like(accession)
-                for accession in accessions}
+        return {accession: [study for study in studies if study.accession == accession] for accession in accessions}
 
     def studies_like(self, accession: str) -> Found:
         """The studies of an accession, also of one that is padded or not plain, asked for with wildcards.
@@ -1183,8 +1186,8 @@ class Orthanc:
 
     # -- series and instances ----------------------------------------------------------------------------------------
 
-    def series_of(self, query: dict, tags: Iterable[str]) -> tuple[list[Series], bool]:
-        """All series that match, and whether some may be missing: what came without extended find may be cut.
+    def series_of(self, query: dict, tags: Iterable[str]) -> list[Series]:
+        """All series that match, as far as the server tells them: see may_be_cut.
 
         Each comes with the header of one instance: the first received where the index is Orthanc's own, else the one
         that its database names. How long the answer took decides how much the next ones ask for.
@@ -1196,12 +1199,7 @@ class Orthanc:
             self.learnt.ask_for_fewer(len(answers))
         elif took < long / 4:
             self.learnt.series_together = min(SERIES_TOGETHER, 2 * self.learnt.series_together)
-        return [read_series(answer) for answer in answers], len(answers) >= self.uncut_below
-
-    @property
-    def uncut_below(self) -> float:
-        """An answer with fewer studies or series than this is complete."""
-        return math.inf if self.extended else self.learnt.complete_below
+        return [read_series(answer) for answer in answers]
 
     def list_series(self, study: Study) -> list[Series]:
         """The series of a study, without any limit, with their instances where no find tells them in a better order."""
@@ -1222,10 +1220,11 @@ class Orthanc:
             try:
                 return self.find("Instance", query, tags, content, OrderBy=RECEIVED, **more)
             except ServerError as error:
-                if error.status != 500:    # what plugins for other databases answer
+                if error.status != 500 or self.own_index:    # what plugins for other databases answer
                     raise
-                self.learnt.orders = False
-        return sorted(self.find("Instance", query, tags, content, **more), key=lambda one: required_id(one, "ID"))
+        answers = sorted(self.find("Instance", query, tags, content, **more), key=lambda one: required_id(one, "ID"))
+        self.learnt.orders = False
+        return answers
 
     def first_headers(self, series: Series, tags: Iterable[str]) -> Iterator[tuple[str, Header]]:
         """(ID, requested tags) of the first instances of a series in the order received, the very first included."""
@@ -1648,7 +1647,7 @@ class Acquisition:
                 self.studies[study.id] = study
 
 
-Answer = tuple[list[Series], bool]    # the series of an accession, and whether some may be missing
+Answer = tuple[list[Series], int]    # the series of an accession, and how many came with them in one answer
 
 
 def ask_together(ask: Callable[[list[str]], dict[str, Any]], accessions: list[str]) -> dict[str, Any]:
@@ -1670,12 +1669,12 @@ def fetch_together(orthanc: Orthanc, group: list[Acquisition], options: Options)
     def ask(accessions: list[str]) -> dict[str, Answer]:
         """The series of these accessions by one find."""
         try:
-            series, cut = orthanc.series_of({"AccessionNumber": "\\".join(accessions)}, options.tags)
+            series = orthanc.series_of({"AccessionNumber": "\\".join(accessions)}, options.tags)
         except StudyError:
-            orthanc.learnt.ask_for_fewer(sum(wanted.series_count for wanted in group))
+            orthanc.learnt.ask_for_fewer(sum(one.series_count for one in group if one.accession in accessions))
             raise
         names = [get_element(one.header, ACCESSION) for one in series]
-        return {accession: ([one for one, name in zip(series, names, strict=True) if name == accession], cut)
+        return {accession: ([one for one, name in zip(series, names, strict=True) if name == accession], len(series))
                 for accession in accessions}
 
     answers = ask_together(ask, [wanted.accession for wanted in group if wanted.by_name])
@@ -1712,13 +1711,15 @@ def all_series(orthanc: Orthanc, wanted: Acquisition, answer: Answer | None,
     """
     studies = list(wanted.studies.values())
     if answer is None and any(study.answers_tags for study in studies):
-        answer = orthanc.series_of({"StudyInstanceUID": uid_list(studies)}, options.tags)
-    found, cut = answer or ([], False)
+        answer = orthanc.series_of({"StudyInstanceUID": uid_list(studies)}, options.tags), 0
+    found, count = answer or ([], 0)
     series = [one for one in found if get_element(one.header, ACCESSION) == wanted.accession]
-    if not wanted.all_known and (cut or {one.study for one in series} != {study.id for study in studies}):
+    others = not wanted.all_known and ({one.study for one in series} != {study.id for study in studies}
+                                       or orthanc.may_be_cut("Series", count))
+    if others:
         studies = every_study(orthanc, wanted)
     if is_incomplete(studies, series):
-        if answer is not None:
+        if answer is not None and not others:
             studies = every_study(orthanc, wanted)
         series = [one for study in studies for one in orthanc.list_series(study)]
     if is_incomplete(studies, series):
@@ -1729,8 +1730,8 @@ def all_series(orthanc: Orthanc, wanted: Acquisition, answer: Answer | None,
 def every_study(orthanc: Orthanc, wanted: Acquisition) -> list[Study]:
     """All studies of an accession as they are now."""
     accession = wanted.accession
-    found = orthanc.studies_of([accession])[accession] if wanted.plain else orthanc.studies_like(accession)
-    return found[0]
+    named = orthanc.studies_of([accession])[accession] if wanted.plain else []
+    return named or orthanc.studies_like(accession)[0]    # kept with a leading blank it is not found by its name
 
 
 def is_incomplete(studies: list[Study], series: list[Series]) -> bool:
@@ -2093,7 +2094,8 @@ def write_rows(conn: Database, acc: str, study: dict[str, Any], series: list[dic
     missing = before["series"].keys() - uids
     gone = missing if replace else set()
     wanted = [("studies", study)] if replace or not missing else []
-    wanted += [("series", row) for row in series if replace or row["series_uid"] not in before["series"]]
+    wanted += [("series", row) for row in series
+               if replace or not missing or row["series_uid"] not in before["series"]]
     changes = [(table, row) for table, row in wanted if differences(table, row, before)]
     for uid in gone:
         conn.execute("DELETE FROM series WHERE series_uid IS ? AND accession IS ?", before["series"][uid][:2])
@@ -2111,7 +2113,8 @@ def store_study(acc: str, conn: Database, study: dict[str, Any], series: list[di
                 replace: bool = True) -> Outcome:
     """Store one accession whole or not at all: its row and exactly these series, gone ones out.
 
-    Without `replace` nothing that is stored is changed or taken out, only new series come in. Raises StudyError where
+    Without `replace`, where stored series are not among these, nothing is changed or taken out: only new series come
+    in. So the rows of an accession never are of two states of the server. Raises StudyError where
     a series is stored under another accession already, as it is never moved, and where a constraint, a trigger or the
     type of a column of the user's own refuses or changes what is written.
     """
@@ -2300,8 +2303,10 @@ def signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
         raise Interrupted(signum)
 
-    before = {number: signal.signal(number, raise_interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, raise_interrupted)
         yield
     finally:
         for number, handler in before.items():
@@ -2487,19 +2492,19 @@ def look_up(run: Run, acquisitions: list[Acquisition]) -> None:
     if not acquisitions:
         return
     aside(lambda: run.orthanc.extended)    # the first contact, before several threads make it
-    size = int(min(LOOKED_UP_TOGETHER, run.orthanc.uncut_below - 1 or LOOKED_UP_TOGETHER))
+    size = 1 if run.orthanc.learnt.capped else LOOKED_UP_TOGETHER
     chunks = [acquisitions[start:start + size] for start in range(0, len(acquisitions), size)]
 
-    def ask(accessions: list[str]) -> dict[str, Found]:
-        """In a thread: those that are plain by one find."""
-        plain = [accession for accession in accessions if run.acquisitions[accession].plain]
-        found = run.orthanc.studies_of(plain) if plain else {}
-        return found | {accession: run.orthanc.studies_like(accession) for accession in accessions
-                        if accession not in found}
-
     def ask_for(chunk: list[Acquisition]) -> dict[str, Any]:
-        """In a thread: what the server has of each."""
-        return ask_together(ask, [acquisition.accession for acquisition in chunk])
+        """In a thread: what the server has of each; what is not found by its name is asked for with wildcards."""
+        answers = ask_together(run.orthanc.studies_of, [acquisition.accession for acquisition in chunk
+                                                        if acquisition.plain])
+        found = {accession: (studies, []) if isinstance(studies, list) else studies
+                 for accession, studies in answers.items() if studies}
+        others = [acquisition.accession for acquisition in chunk if acquisition.accession not in found]
+        for accession in others:
+            found |= ask_together(lambda names: {names[0]: run.orthanc.studies_like(names[0])}, [accession])
+        return found
 
     with (progress_bar(len(acquisitions)) as advance,
           contextlib.closing(in_order(ask_for, chunks, run.jobs)) as ready):
@@ -2534,7 +2539,8 @@ def groups(run: Run, todo: list[Acquisition]) -> Iterator[list[Acquisition]]:
     share = min(TOGETHER, math.ceil(len(todo) / run.jobs))
     group: list[Acquisition] = []
     for acquisition in todo:
-        most = min(run.orthanc.learnt.series_together, run.orthanc.uncut_below - 1)
+        learnt = run.orthanc.learnt
+        most = min(learnt.series_together, learnt.complete_below - 1) if learnt.capped else learnt.series_together
         series = sum(one.series_count for one in [*group, acquisition])
         if group and (len(group) == share or series > most or not (acquisition.by_name and group[0].by_name)):
             yield group
@@ -2706,7 +2712,7 @@ def check_url(text: str) -> tuple[str, str]:
             ipaddress.ip_address(host)
     except ValueError:
         raise UsageError(f"{name} is not a URL; it must look like http://host:8042") from None
-    if "@" in url.netloc or "@" in text.partition("//")[2].partition("/")[0]:
+    if "@" in text or "%40" in text:    # a password can hold a slash
         raise UsageError(f"{name} holds a user or password: take it out, and put it into a netrc file (see --netrc)")
     if url.scheme not in ("http", "https") or not url.hostname or not port_is_right or url.query or url.fragment \
             or re.search(r"[\s\x00-\x20\x7f\\]|(?i://xn--)([.:/]|$)", text):

@@ -697,13 +697,14 @@ def section_fsync(bench: Bench) -> str:
 # ------------------------------------------------------------------------------------------------------------------
 
 DAY = f"{MONTH}15"
+SERIES = 3    # of each study, of one image
 ALONE, AMONG, ONE_DAY, DAY_WALK = "month alone", "month among others", "day among others", "walk of that day"
 
 
 def other_files(count: int) -> Iterator[bytes]:
     """Studies of earlier months, of the size of those that are measured."""
     for number, first in enumerate(range(0, count, 300)):
-        yield from month_files(f"{2023 - number // 12}{1 + number % 12:02d}", min(300, count - first), 1, 1,
+        yield from month_files(f"{2023 - number // 12}{1 + number % 12:02d}", min(300, count - first), SERIES, 1,
                                headers_of(0, 0))
 
 
@@ -753,7 +754,7 @@ def in_plugin(server: "Orthanc") -> bool:
 def scale(small: Bench, large: Bench) -> str:
     count, others = small.arguments.beside, small.arguments.others
     for bench in (small, large):
-        upload(bench.server, month_files(MONTH, count, 1, 1, headers_of(0, 0)), threads=4)
+        upload(bench.server, month_files(MONTH, count, SERIES, 1, headers_of(0, 0)), threads=4)
     large.say(f"{large.server.command}: {count} studies alone and among {others} others")
     upload(large.server, other_files(others), threads=4)
     large.say("all sent")
@@ -765,7 +766,7 @@ def scale(small: Bench, large: Bench) -> str:
     if not in_plugin(large.server) and large.server.answers_tags:
         large.say(f"ANALYZE took {analyze(large.server):.2f} s")
         measured[", after ANALYZE"] = alternate(small.arguments.rounds, scale_contenders(small, large, relayed=False))
-    return f"### {count} small studies of a month, alone and among {others} others\n\n" \
+    return f"### {count} studies of a month, of {SERIES} small series, alone and among {others} others\n\n" \
         + scale_tables(small, measured, wire)
 
 
@@ -781,7 +782,7 @@ def check_scale(bench: Bench, count: int) -> None:
     walked = contents(bench.folder / "walk.db")
     for prefix in prefixes:
         alone, among, day = (contents(bench.folder / f"{prefix}{name}.db") for name in ("alone", "among", "day"))
-        if alone != among or len(alone) != 2 * count or day != walked or not day:
+        if alone != among or len(alone) != (1 + SERIES) * count or day != walked or not day:
             raise SystemExit(f"{prefix}what is stored differs: {len(alone)} rows of the month alone, {len(among)} "
                              f"among others, {len(day)} of the day, {len(walked)} by the walk")
 

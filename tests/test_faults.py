@@ -98,8 +98,7 @@ def errors(ran: Ran) -> list[str]:
 
 # A 404 of `content` says that there is no such element, and its bytes may be anything: no fault that could be told
 # from an answer.
-NO_FAULT = {("status 404", "content"), ("half json", "content"), ("empty", "content"),
-            ("status 500", "find instance")}    # what databases answer that cannot sort: then it is asked otherwise
+NO_FAULT = {("status 404", "content"), ("half json", "content"), ("empty", "content")}
 
 
 def what_is_said(fault: str) -> str:
@@ -837,9 +836,11 @@ def test_a_series_costs_six_requests_more_at_most_also_where_its_instances_come_
 
 
 def test_an_endless_list_of_studies_ends_and_its_dates_may_be_incomplete(home, here):
-    """A server that ignores Since, and tells the same studies for every page; what came is stored."""
+    """A server that ignores Since, and tells the same studies for every page, but counts more; what came is stored."""
     with StandIn(*FILES) as server:
         def again(count, request):
+            if request.path == "/tools/count-resources":
+                return with_value("Count", 9)
             if request.kind != "find study" or not request.json["Since"]:
                 return None
             first = request._replace(body=json.dumps(request.json | {"Since": 0}).encode())
@@ -850,6 +851,43 @@ def test_an_endless_list_of_studies_ends_and_its_dates_may_be_incomplete(home, h
     assert ran.status == 1
     assert re.findall(r" (\d{8}): may be incomplete", "\n".join(errors(ran))) == ["20240401", "20240402", "20240403"]
     assert home.stored() == {accession: whole(accession) for accession in MONTH}
+
+
+def test_a_passing_500_does_not_change_which_instance_gives_the_values_of_the_others(home, here):
+    """Only a plugin's index may be unable to sort; on Orthanc's own a 500 is a failure of its study."""
+    files = [dicom_files.instance(accession, number=number, sar=sar, StudyDate="20240401")
+             for accession in MONTH for number, sar in ((5, None), (9, "0.2"), (1, "0.6"))]
+    failed: list[Request] = []
+
+    def once(count, request):
+        if request.kind != "find instance" or failed:
+            return None
+        failed.append(request)
+        return "status 500"
+    with StandIn(*files) as server:
+        server.misbehave = once
+        ran = here("20240401", url=server.url)
+    assert ran.status == 1 and len(errors(ran)) == 1
+    assert [row["sar"] for row in home.series()] == [0.2, 0.2]
+
+
+@GENERATIONS
+def test_a_first_day_of_one_study_does_not_keep_others_from_being_looked_up_together(home, here, old):
+    names = [f"E{number}" for number in range(20, 40)]
+    files = [dicom_files.instance(name, StudyDate="20240502") for name in names]
+    with StandIn(dicom_files.instance("E1", StudyDate="20240401"), *files, old=old) as server:
+        assert here("20240401", *names, url=server.url).status == 0
+        assert sum(bool(request.accessions) for request in server.requests if request.kind == "find study") <= 3
+    assert len(home.studies()) == 21
+
+
+def test_a_name_whose_question_fails_does_not_have_the_others_asked_again(home, here):
+    names = [f"E{number}" for number in range(20, 40)]
+    with StandIn(*FILES) as server:
+        server.misbehave = lambda count, request: "status 500" if "*E39" in request.accessions else None
+        ran = here(*names, url=server.url)
+        assert server.kinds.count("find study") == 1 + len(names)
+    assert ran.status == 1 and len(errors(ran)) == len(names)
 
 
 # -- many accessions in one request ----------------------------------------------------------------------------------

@@ -239,10 +239,23 @@ def test_there_are_ten_queries():
 
 def test_every_block_is_held_by_a_test():
     """One of another kind would be passed over."""
-    claimed = [*blocks("console", "sh", "cron", "ini"), *SCHEMA, *QUERIES, *SCRIPTS]
+    claimed = [*blocks("console", "sh", "cron", "ini", "text"), *SCHEMA, *QUERIES, *SCRIPTS]
     assert sorted(claimed, key=lambda block: block.line) == BLOCKS
     fences = re.findall(r"^ *(?:```|~~~).*$", TEXT, re.MULTILINE)
     assert len(fences) == 2 * len(BLOCKS), "a block without a kind, or indented"
+
+
+def test_the_statements_for_a_corrected_accession_let_its_series_be_stored_under_the_new_one(tmp_path):
+    (block,) = blocks("text")
+    study = dict.fromkeys(field.column for field in program.STUDY_FIELDS)
+    series = dict.fromkeys(field.column for field in program.SERIES_FIELDS) | {"series_uid": "1.2"}
+    with contextlib.closing(program.open_database(str(tmp_path / "corrected.db"))) as conn:
+        program.store_study("E1", conn, study | {"accession": "E1"}, [series | {"accession": "E1"}])
+        with pytest.raises(program.StudyError, match="One series under two accessions"):
+            program.store_study("E2", conn, study | {"accession": "E2"}, [series | {"accession": "E2"}])
+        conn.executescript(block.text)
+        program.store_study("E2", conn, study | {"accession": "E2"}, [series | {"accession": "E2"}])
+        assert conn.execute("SELECT accession FROM series").fetchall() == [("E2",)]
 
 
 # -- figures that every release of SQLite rounds alike -----------------------------------------------------------------
@@ -385,7 +398,7 @@ def test_readme_shows_the_help_as_it_is():
 
 def test_readme_names_no_option_that_does_not_exist():
     known = {option for action in program.build_parser()._actions for option in action.option_strings}
-    of_tests = {"--keep", "--serve", "--update", "--user"}    # of demo.sh, this file and fresh.sh
+    of_tests = {"--keep", "--scale", "--serve", "--update", "--user"}    # of demo.sh, benchmark.py, this file, fresh.sh
     own = re.sub(r"`(?:systemctl|journalctl|loginctl) [^`]*`", "", TEXT)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", own)) <= known | of_tests
 

@@ -135,7 +135,7 @@ def test_two_versions_give_the_same_database(home):
     commands = orthanc.commands()
     if len(commands) < 2:
         pytest.skip("ORTHANC_COMMANDS names no second version of Orthanc")
-    dumps = {}
+    dumps: dict[str, str] = {}
     same = [one for one in EVERY_KIND if one not in OF_SEVERAL or not any("+" in command for command in commands)]
     for command in commands:
         with orthanc.Orthanc(command) as server:
