@@ -118,13 +118,12 @@ MORE = 6                    # requests that a series may cost beyond its header,
 LOOKS = 6                   # of its instances whose header may be read, the first one included
 FOR_PROTOCOL = 2            # of MORE, kept with --fallback for the two places of a Siemens protocol
 PAGE = 1000                 # studies on a further page
+REPEATED = 20               # failures that a terminal shows once more at the end, at most
 
 # Durations, in seconds
 LONGEST_SCAN = 86400        # what comes to more than a day is not a scan's
 LONGEST_STATED = 10800      # and by other tags than Siemens': 3 hours, as the longest seen is 1280 s
 LONGEST_PARTIAL = 60        # from here on the Siemens acquisition time is that of all measurements
-
-REPEATED = 20    # failures that a terminal shows once more at the end, at most
 
 SUMMARY = 25    # a log level above that of single studies, which a terminal with a progress bar does not show
 FAILED = 31     # that of a summary with failures
@@ -1118,6 +1117,7 @@ class Orthanc:
     def find_studies(self, query: dict, tags: Iterable[str] = STUDY_TAGS) -> tuple[list[Study], bool]:
         """The studies that match, and whether that is proven to be all of them."""
         def page(**more) -> dict[str, Header]:
+            """The records of a page, by ID."""
             answers = self.find("Study", query, tags, ("RequestedTags", "IsStable"), **more)
             return {required_id(answer, "ID"): answer for answer in answers}
         extended, records, complete = self.extended, page(), True
@@ -1147,19 +1147,20 @@ class Orthanc:
         """Whether an answer of `count` records of a server without extended find may be cut (LimitFindResults).
 
         Seen by asking for one more of any: fewer than that and than the server counts are as many as it ever returns.
-        ahead: of how many an answer that is to come will be. The count comes first, so that a study that arrives in
-        between does no harm.
+        ahead: how many an answer to come will have. The count comes first: a study that arrives in between is no harm.
         """
-        if not self.extended and count >= self.learnt.complete_below and not self.learnt.capped:
+        if self.extended:
+            return False
+        if count >= self.learnt.complete_below and not self.learnt.capped:
             counted = {"Study": "CountStudies", "Series": "CountSeries"}[level]
             total = self.http.json(dict, "GET", "/statistics").get(counted)
             if not isinstance(total, int):
                 raise ServerError(f"{self.http.url} answered /statistics without the number of studies or series")
-            query = {"Level": level, "Query": {}, "Limit": max(count, ahead) + 1}
-            seen = len(self.http.json(list, "POST", "/tools/find", query))
-            self.learnt.capped = seen < min(total, max(count, ahead) + 1)
+            limit = max(count, ahead) + 1
+            seen = len(self.http.json(list, "POST", "/tools/find", {"Level": level, "Query": {}, "Limit": limit}))
+            self.learnt.capped = seen < min(total, limit)
             self.learnt.complete_below = max(self.learnt.complete_below, math.inf if seen >= total else seen)
-        return not self.extended and count >= self.learnt.complete_below
+        return count >= self.learnt.complete_below
 
     def studies_of(self, accessions: list[str]) -> dict[str, list[Study]]:
         """{accession: its studies}, asked for together. Raises ServerError where the answer may have been cut."""
@@ -1292,8 +1293,7 @@ def studies_between(orthanc: Orthanc, first: datetime.date, last: datetime.date,
     """The studies from first to last whose accession begins with prefix, and the days that may be incomplete."""
     low, high = digits_of(first), digits_of(last)
     # Without the first * no accession that is kept with a leading blank; the exact day is half the cost on 1.10.
-    query = {"AccessionNumber": f"*{prefix}*" if prefix else "*",
-             "StudyDate": low if low == high else f"{low}-{high}"}
+    query = {"AccessionNumber": f"*{prefix}*" if prefix else "*", "StudyDate": low if low == high else f"{low}-{high}"}
     studies, complete = orthanc.find_studies(query)
     studies = [study for study in studies
                if study.accession and study.accession.startswith(prefix) and low <= study.date <= high]
@@ -1427,6 +1427,7 @@ def extract_study(headers: list[Header], accession: str) -> dict[str, Any]:
     headers = sorted(headers, key=series_order)
 
     def first_value(field: Field) -> Any:
+        """Of a column, None where no series has one."""
         values = (field.parse(header.get(field.tag)) for header in headers)
         return next((value for value in values if value is not None), None)
     return {field.column: first_value(field) for field in STUDY_FIELDS} | {"accession": accession}
@@ -1729,9 +1730,8 @@ def all_series(orthanc: Orthanc, wanted: Acquisition, answer: Answer | None,
 
 def every_study(orthanc: Orthanc, wanted: Acquisition) -> list[Study]:
     """All studies of an accession as they are now."""
-    accession = wanted.accession
-    named = orthanc.studies_of([accession])[accession] if wanted.plain else []
-    return named or orthanc.studies_like(accession)[0]    # kept with a leading blank it is not found by its name
+    named = orthanc.studies_of([wanted.accession])[wanted.accession] if wanted.plain else []
+    return named or orthanc.studies_like(wanted.accession)[0]    # kept with a leading blank it is not found by its name
 
 
 def is_incomplete(studies: list[Study], series: list[Series]) -> bool:
@@ -1751,8 +1751,7 @@ def in_study_order(studies: list[Study], series: list[Series]) -> tuple[list[Stu
 def with_headers(orthanc: Orthanc, studies: list[Study], series: list[Series]) -> list[Series]:
     """Each series with the header of its first instance, read from the instance where the server did not look.
 
-    Older servers, and those with StorageAccessOnFind "Never". Raises StudyError where a series has no instance (any
-    more).
+    Older servers, and those with StorageAccessOnFind "Never". Raises StudyError where a series has no instance left.
     """
     if any(lacks_file_tags(one) and one.instances is None for one in series):    # lists by ID, or told by a find
         instances = instances_of(orthanc, studies) if orthanc.extended else \
@@ -1917,14 +1916,25 @@ def database_errors(path: str) -> Iterator[None]:
         raise DatabaseError(f"database {path}: {error}{advice}") from None
 
 
+def first_bytes(path: str) -> bytes:
+    """What a file begins with, as much as tells a database."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return b"not a file"    # a folder, a pipe: opening it could wait for ever
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC))
+
+
+def is_database(path: str) -> bool:
+    """Whether it is the file of an SQLite database."""
+    with contextlib.suppress(OSError):
+        return first_bytes(path) == MAGIC
+    return False
+
+
 def check_database_file(path: str) -> bool:
     """Whether the database exists. Raises DatabaseError where it is something else, or could not be created."""
     try:
-        if stat.S_ISREG(os.stat(path).st_mode):
-            with open(path, "rb") as file:
-                start = file.read(len(MAGIC))
-        else:
-            start = b"not a file"      # a folder, a pipe: opening it could wait for ever
+        start = first_bytes(path)
     except FileNotFoundError:
         folder, other = os.path.dirname(path), "name another with --db"
         if not os.path.isdir(folder):
@@ -1937,13 +1947,6 @@ def check_database_file(path: str) -> bool:
     if start and start != MAGIC:
         raise DatabaseError(f"database {path} is not an SQLite file and is left as it is; name another with --db")
     return True
-
-
-def is_database(path: str) -> bool:
-    """Whether it is the file of an SQLite database."""
-    with contextlib.suppress(OSError), open(path if os.path.isfile(path) else os.devnull, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
-    return False
 
 
 def execute_when_free(conn: sqlite3.Connection, statement: str, values: tuple = ()) -> sqlite3.Cursor:
@@ -2047,6 +2050,7 @@ class Outcome(NamedTuple):
 def read_rows(conn: sqlite3.Connection, accession: str) -> dict[str, dict[str, tuple]]:
     """What is stored of an accession: {table: {key: values in the order of the fields}}."""
     def rows(table: str, columns: str) -> sqlite3.Cursor:
+        """Those of a table."""
         return conn.execute(f"SELECT {columns} FROM {table} WHERE {THE_ACCESSION}", (accession, accession))
     return {table: {str(row[0]): row for row in rows(table, ", ".join(field.column for field in fields))}
             for table, fields in TABLES.items()}
@@ -2065,15 +2069,13 @@ def differences(table: str, row: dict[str, Any], stored: dict[str, dict[str, tup
             if ours != value and (None in (ours, value) or str(ours) != str(value))]
 
 
-def upsert(conn: sqlite3.Connection, table: str, row: dict[str, Any], known: bool) -> None:
+def upsert(conn: sqlite3.Connection, table: str, row: dict[str, Any], known: bool, rule: str) -> None:
     """Insert a row, or update a known one by its primary key; further columns of the user's own stay as they are.
 
-    An ON CONFLICT clause of the user's own is overruled: REPLACE would take out rows of other studies. Only there, as
-    SQLite then overrules what his triggers do, too; so does its own upsert, which is not used here.
+    rule: what overrules an ON CONFLICT clause of the user's own: REPLACE would take out rows of other studies. Only
+    where there is one, as SQLite then overrules what his triggers do, too; so does its own upsert, which is not used.
     """
     columns, values = [field.column for field in TABLES[table]], [row[field.column] for field in TABLES[table]]
-    clause = "SELECT 1 FROM sqlite_master WHERE lower(name) = ? AND sql LIKE '%CONFLICT%'"
-    rule = "OR ABORT" if conn.execute(clause, (table,)).fetchone() else ""
     if known:
         conn.execute(f"UPDATE {rule} {table} SET {' = ?, '.join(columns)} = ? WHERE {columns[0]} = ?",
                      [*values, values[0]])
@@ -2099,8 +2101,9 @@ def write_rows(conn: Database, acc: str, study: dict[str, Any], series: list[dic
     changes = [(table, row) for table, row in wanted if differences(table, row, before)]
     for uid in gone:
         conn.execute("DELETE FROM series WHERE series_uid IS ? AND accession IS ?", before["series"][uid][:2])
+    ruled = {name for (name,) in conn.execute("SELECT lower(name) FROM sqlite_master WHERE sql LIKE '%CONFLICT%'")}
     for table, row in changes:
-        upsert(conn, table, row, row[TABLES[table][0].column] in before[table])
+        upsert(conn, table, row, row[TABLES[table][0].column] in before[table], "OR ABORT" if table in ruled else "")
     after = read_rows(conn, acc)
     wrong = [text for table, row in wanted for text in differences(table, row, after)]
     if wrong or after["series"].keys() != before["series"].keys() - gone | uids:
@@ -2501,8 +2504,7 @@ def look_up(run: Run, acquisitions: list[Acquisition]) -> None:
                                                         if acquisition.plain])
         found = {accession: (studies, []) if isinstance(studies, list) else studies
                  for accession, studies in answers.items() if studies}
-        others = [acquisition.accession for acquisition in chunk if acquisition.accession not in found]
-        for accession in others:
+        for accession in [one.accession for one in chunk if one.accession not in found]:
             found |= ask_together(lambda names: {names[0]: run.orthanc.studies_like(names[0])}, [accession])
         return found
 
@@ -2531,15 +2533,15 @@ def take_found(run: Run, acquisition: Acquisition, found: Found | StudyError) ->
         acquisition.failed = True
 
 
-def groups(run: Run, todo: list[Acquisition]) -> Iterator[list[Acquisition]]:
+def fetch_groups(run: Run, todo: list[Acquisition]) -> Iterator[list[Acquisition]]:
     """The accessions of a run in the groups that are fetched by a thread each; no thread is left without work.
 
     Those whose series can be asked for by name share a find, as far as they and the server are quick.
     """
     share = min(TOGETHER, math.ceil(len(todo) / run.jobs))
+    learnt = run.orthanc.learnt
     group: list[Acquisition] = []
     for acquisition in todo:
-        learnt = run.orthanc.learnt
         most = min(learnt.series_together, learnt.complete_below - 1) if learnt.capped else learnt.series_together
         series = sum(one.series_count for one in [*group, acquisition])
         if group and (len(group) == share or series > most or not (acquisition.by_name and group[0].by_name)):
@@ -2558,7 +2560,7 @@ def fetch_and_store(run: Run, todo: list[Acquisition], conn: Database, out: Call
         log.log(SUMMARY, "%d accessions are stored already and are not read again; --force does that",
                 run.tally.already_stored)
     with (progress_bar(len(todo)) as advance,
-          contextlib.closing(in_order(fetch, groups(run, todo), run.jobs, len)) as batches):
+          contextlib.closing(in_order(fetch, fetch_groups(run, todo), run.jobs, len)) as batches):
         for batch in batches:
             ready = [pair for group, results in batch for pair in zip(group, results, strict=True)]
             store_ready(run, ready, conn, out)
@@ -2616,6 +2618,7 @@ class Parser(argparse.ArgumentParser):
     """Usage errors in one line."""
 
     def error(self, message: str):
+        """End with exit status 2 and this message, without what may be a password."""
         self.exit(2, f"{self.prog}: error: {printable(without_passwords(message))} (see {self.prog} --help)\n")
 
 
@@ -2801,8 +2804,8 @@ def check_packages() -> None:
 # main: parse, check, run, sum up
 # ------------------------------------------------------------------------------------------------------------------
 
-def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
-    """The complete run. All that the user named is checked before the server is contacted or a file is written."""
+def check(arguments: argparse.Namespace, tally: Tally) -> tuple[Run, list[Accession | Dates], str, str | None]:
+    """(run, tokens, database, CSV file), all that the user named checked. Raises UsageError, or RunError (packages)."""
     today = datetime.date.today()
     tokens = expand_tokens(arguments.tokens, today, prefix=arguments.prefix)
     url, host = check_url(arguments.url)
@@ -2814,9 +2817,14 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     csv = check_csv(arguments.csv, path, [__file__, *netrc, *read, 0, 1, 2])
     http = Http(url, *find_credentials(host, netrc), arguments.timeout)
     check_packages()
-    conn = open_database(path) if check_database_file(path) else None
     options = Options(arguments.force, arguments.fallback, digits_of(today), arguments.prefix)
-    run = Run(Orthanc(http), options, arguments.jobs, {}, tally)
+    return Run(Orthanc(http), options, arguments.jobs, {}, tally), tokens, path, csv
+
+
+def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
+    """The complete run."""
+    run, tokens, path, csv = check(arguments, tally)
+    conn = open_database(path) if check_database_file(path) else None
 
     def out(accession: str) -> None:
         """Print what was stored."""
@@ -2832,7 +2840,7 @@ def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
         todo = plan(run, tokens, conn)
         conn = conn or open_database(path)
         fetch_and_store(run, todo, conn, out)
-        http.close()    # not after an interrupt: it would wait for the threads' requests
+        run.orthanc.http.close()    # not after an interrupt: it would wait for the threads' requests
     except DatabaseError:
         raise    # the CSV file would have to read it
     except StudyInfoError:

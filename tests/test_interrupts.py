@@ -264,8 +264,8 @@ def test_a_killed_run_leaves_no_study_half_stored_and_the_next_run_completes(
 DYING = f"""
 upsert = program.upsert
 
-def dying(conn, table, row, known):
-    upsert(conn, table, row, known)
+def dying(conn, table, row, *more):
+    upsert(conn, table, row, *more)
     if table == "series" and row["accession"] == "{MONTH[3]}":
         conn.execute("PRAGMA cache_spill = 1")
         os.kill(os.getpid(), signal.SIGKILL)
