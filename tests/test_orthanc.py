@@ -151,7 +151,8 @@ def test_an_orthanc_that_does_not_start_leaves_no_postgresql(with_postgresql, mo
 
 # Prints the folders as they are made, that PostgreSQL is being made ready, and that Orthanc answers.
 STARTER = """
-import sys, tempfile, time
+import signal, sys, tempfile, time
+signal.signal(signal.SIGINT, signal.default_int_handler)    # which the tests' own parent may ignore
 import orthanc
 make, words = tempfile.mkdtemp, orthanc.postgresql.PostgreSQL.words
 def saying(self, name, *arguments):
