@@ -360,6 +360,20 @@ def test_several_runs_on_one_database_at_once_all_succeed(home, server):
     assert home.stored() == whole(*BEFORE)
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_run_that_waits_for_the_server_holds_up_no_other(home, server, here, refusals, force):
+    """The first has stored some of the month when the server falls silent; the second meets no lock, not once."""
+    assert not force or home.run("202404", url=server.url).status == 0
+    silent, first = threading.Event(), MONTH[6]
+    server.misbehave = lambda count, request: answered_after(silent) if fetches(request, first) else None
+    slow = home.start("--jobs", "4", *force, "202404", url=server.url)
+    assert [slow.stdout.readline().strip() for _ in asked_before(first, 4)] == asked_before(first, 4)
+    ran = here(*force, *MONTH[9:], url=server.url)
+    assert (ran.status, refusals.count) == (0, 0) and home.stored().keys() >= {*MONTH[9:]}
+    silent.set()
+    assert ended(slow)[0] == 0 and home.stored() == whole(*BEFORE)
+
+
 @pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
 @pytest.mark.parametrize("arguments", [["202404"], ["--force", "E10"], ["--csv", "all.csv", "E10"]], ids=" ".join)
 def test_a_foreign_writer_is_waited_for(home, server, here, refusals, lock, arguments):
