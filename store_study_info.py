@@ -37,11 +37,9 @@ examples:
   store_study_info.py --force E12345 E12346
 
 environment:
-  STUDY_INFO_DB             the database, where --db is not given
-  ORTHANC_URL               the server, where --url is not given
-  NETRC                     the netrc file, where --netrc is not given
-  STUDY_INFO_PREFIX         the prefix, where --prefix is not given
-  SSL_CERT_FILE             certificate authorities to trust with https
+  ORTHANC_URL, NETRC                where --url or --netrc is not given
+  STUDY_INFO_DB, STUDY_INFO_PREFIX  where --db or --prefix is not given
+  SSL_CERT_FILE                     certificate authorities to trust with https
 
 exit status:
   0        everything named is in the database; a date without studies too
@@ -126,9 +124,7 @@ LONGEST_STATED = 10800      # and by other tags than Siemens': 3 hours, as the l
 LONGEST_PARTIAL = 60        # from here on the Siemens acquisition time is that of all measurements
 
 SUMMARY = 25    # a log level above that of single studies, which a terminal with a progress bar does not show
-FAILED = 31     # that of a summary with failures
 logging.addLevelName(SUMMARY, "INFO")
-logging.addLevelName(FAILED, "WARNING")
 log = logging.getLogger("store_study_info")
 
 
@@ -139,11 +135,6 @@ log = logging.getLogger("store_study_info")
 def printable(text: str) -> str:
     """Text that cannot move a cursor or forge a line: what is not printable becomes U+FFFD."""
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
-
-
-def without_passwords(text: str) -> str:
-    """Text without the URLs that hold a user or password: all from '://' to the last '@', as slashes occur in both."""
-    return re.sub(r"\S*://.*@\S*|[^\s/:'=]+:\S*@", "…", text, flags=re.DOTALL)
 
 
 def quoted(text: str) -> str:
@@ -162,16 +153,12 @@ def reason_of(error: BaseException) -> str:
 class StudyInfoError(Exception):
     """Base of all errors of this program. Its text is one printable sentence: the value, the place and what to do."""
 
-    exit_status = 1
-
     def __init__(self, text: str = ""):
         super().__init__(printable(text))
 
 
 class UsageError(StudyInfoError):
     """The command line, or what it names, is wrong: nothing was contacted or written."""
-
-    exit_status = 2
 
 
 class RunError(StudyInfoError):
@@ -191,26 +178,20 @@ class NoMrSeries(StudyError):
 
 
 class ServerError(StudyError):
-    """An answer of the server was not what was asked for."""
+    """An answer of the server was not what was asked for; status: that of HTTP where it is the reason, else 0."""
 
-    status = 0    # of HTTP, where it is what tells
-
-
-class NotFound(ServerError):
-    """The server has nothing at that address (404)."""
+    def __init__(self, text: str, status: int = 0):
+        super().__init__(text)
+        self.status = status
 
 
 class TransientError(ServerError):
-    """A fault that repeating the request may cure.
+    """A fault that repeating the request may cure."""
 
-    tries: how often the request is made in all; wait: seconds the server asked for, or None; hint: what may help;
-    contact: False where not even a connection could be made; stale: the fault of a connection the server had closed.
-    """
-
-    def __init__(self, text: str, tries: int = TRIES, wait: float | None = None, contact: bool = True,
-                 stale: bool = False, hint: str = ""):
+    def __init__(self, text: str, tries: int = TRIES, wait: float | None = None, contact: bool = True, hint: str = ""):
         super().__init__(text)
-        self.tries, self.wait, self.contact, self.stale, self.hint = tries, wait, contact, stale, hint
+        self.tries, self.wait = tries, wait         # how often in all; seconds that the server asked for
+        self.contact, self.hint = contact, hint     # whether a connection was made; what may help
 
 
 class RequestsSpent(Exception):
@@ -236,14 +217,11 @@ def missing_packages(*names: str) -> RunError:
 # ------------------------------------------------------------------------------------------------------------------
 
 def clean(value: Any) -> str | None:
-    """Text without its padding, None where nothing is left or where the value is not text.
-
-    DICOM pads with a blank or NUL to even length (PS3.5 6.2); real files pad with several. Lone surrogates, which
-    JSON can carry and neither SQLite nor a terminal can, become U+FFFD.
-    """
+    """Text without its padding, None where nothing is left or where the value is not text."""
     if not isinstance(value, str):
         return None
-    text = value.replace("\0", " ").strip()
+    text = value.replace("\0", " ").strip()    # to even length (PS3.5 6.2); real files pad with several
+    # Lone surrogates, which JSON can carry and neither SQLite nor a terminal can, become U+FFFD.
     return (text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")) or None
 
 
@@ -255,15 +233,12 @@ def number(text: str | None) -> float | None:
 
     >>> number("67.00 "), number(".5"), number("1e3"), number("1,5"), number("nan"), number("1e999"), number("5 kg")
     (67.0, 0.5, 1000.0, None, None, None, None)
-
-    A float can be too small for it, too, which is not 0:
-
     >>> number("1e-400"), number("0e-400")
     (None, 0.0)
     """
     match = _NUMBER.fullmatch(clean(text) or "")
     value = float(match[0]) if match else math.inf
-    vanished = value == 0 and match and re.search("[1-9]", match[1])
+    vanished = value == 0 and match and re.search("[1-9]", match[1])    # too small for a float is not 0
     return value if math.isfinite(value) and not vanished else None
 
 
@@ -291,10 +266,7 @@ _AGE = re.compile(r"0*(\d{1,3})(?:\s*([YMWDymwd])|\.\d*)?", re.ASCII)
 
 
 def age(text: str | None) -> int | None:
-    """PatientAge -> completed years, else None.
-
-    AS is three digits and a unit (PS3.5 6.2); `30Y`, `42` and `9.0 ` occur too, `*** ` means nothing. Weeks and days
-    are counted in years of 365 days.
+    """PatientAge -> completed years, of 365 days, else None. AS is three digits and a unit (PS3.5 6.2), in theory.
 
     >>> age("040Y"), age("42"), age("9.0 "), age("*** "), age("018M"), age("104W"), age("730D")
     (40, 42, 9, None, 1, 1, 2)
@@ -317,7 +289,7 @@ _DURATION = re.compile(
 def acquisition_time(text: str | None) -> Decimal | None:
     """The Siemens acquisition time (0051,100a) -> seconds, exact, or None where a person could not tell.
 
-    VB13 to VE11 write seconds and hundredths, or mm:ss, and XA adds a colon after TA, and hours:
+    VB13 to VE11 write seconds and hundredths, or mm:ss; XA adds a colon after TA, and hours:
 
     >>> acquisition_time("TA 12.34"), acquisition_time("TA 02:07"), acquisition_time("TA: 00:03:11")
     (Decimal('12.34'), Decimal('127'), Decimal('191'))
@@ -423,10 +395,6 @@ def get_element(header: Header, tag: str) -> str | None:
 # Tokens and dates: what the user names
 # ------------------------------------------------------------------------------------------------------------------
 
-class Accession(NamedTuple):
-    text: str
-
-
 class Dates(NamedTuple):
     token: str
     first: datetime.date
@@ -436,17 +404,16 @@ class Dates(NamedTuple):
 # What Orthanc matches as it stands: * and ? are wildcards and \ makes a list, with which it would answer with other
 # patients' studies. A named accession is always plain, the server's own need not be.
 PLAIN = re.compile(r"[A-Za-z0-9._/ -]+")
-UNSAFE = re.compile(r"[^A-Za-z0-9._/ -]")
 SECRET = re.compile(r"://|.@", re.DOTALL)    # a password could stand there
-_DATES = re.compile(r"(\d{8})(?:(-)(\d{8})?)?|(\d{6})(?:(-)(\d{6})?)?", re.ASCII)
+_DATES = re.compile(r"(\d{6}|\d{8})(?:(-)(\d{6}|\d{8})?)?", re.ASCII)
 _DAYS = re.compile(r"[+-]?\d+ ?days?", re.ASCII | re.IGNORECASE)    # however 7days could be written
 
 
-def parse_token(token: str, today: datetime.date, prefix: str = PREFIX) -> Accession | Dates:
-    """One token, @FILE excepted -> what it means. Raises UsageError with the token and its likeliest meaning.
+def parse_token(token: str, today: datetime.date, prefix: str = PREFIX) -> str | Dates:
+    """One token, @FILE excepted: an accession or dates. Raises UsageError with the token and its likeliest meaning.
 
     >>> parse_token("E12345", datetime.date(2024, 5, 2))
-    Accession(text='E12345')
+    'E12345'
     >>> parse_token("7days", datetime.date(2024, 5, 2))[1:]
     (datetime.date(2024, 4, 25), datetime.date(2024, 5, 1))
     """
@@ -460,15 +427,15 @@ def parse_token(token: str, today: datetime.date, prefix: str = PREFIX) -> Acces
     raise UsageError(f"{'a token that could hold a password' if SECRET.search(token) else shown}: {wrong}")
 
 
-def meaning_of(token: str, today: datetime.date, prefix: str) -> Accession | Dates | None:
+def meaning_of(token: str, today: datetime.date, prefix: str) -> str | Dates | None:
     """What has the form of a date is one, whatever the prefix. Raises ValueError, which says what is wrong with it.
 
     >>> meaning_of("20240427", datetime.date(2024, 5, 2), "2")[1:]
     (datetime.date(2024, 4, 27), datetime.date(2024, 4, 27))
     """
-    if match := _DATES.fullmatch(token):
-        start, dash, end = match.group(1, 2, 3) if match[1] else match.group(4, 5, 6)
-        first, last = span_of(start)
+    match = _DATES.fullmatch(token)
+    if match and len(match[3] or match[1]) == len(match[1]):
+        (first, last), dash, end = span_of(match[1]), match[2], match[3]
         if dash:
             last = span_of(end)[1] if end else today
         if first > last:
@@ -480,7 +447,7 @@ def meaning_of(token: str, today: datetime.date, prefix: str) -> Accession | Dat
             raise ValueError("it starts before the calendar does")
         return Dates(token, today - datetime.timedelta(days), today - datetime.timedelta(min(days, 1)))
     named = token.startswith(prefix) and token != prefix and token.strip(" ") == token and PLAIN.fullmatch(token)
-    return Accession(token) if named and not _DAYS.fullmatch(token) else None
+    return token if named and not _DAYS.fullmatch(token) else None
 
 
 def span_of(digits: str) -> tuple[datetime.date, datetime.date]:
@@ -506,12 +473,12 @@ def likeliest(token: str, today: datetime.date, prefix: str) -> str:
     ('accession numbers begin with a capital E: E123?', 'write 202306')
     """
     text, begins = token.strip(), token.strip().lower().startswith(prefix.lower())
-    for found, wrong in (
-            (SECRET.search(token), "the server's address goes after --url, a password into a netrc file"),
-            (re.search(r"[*?\\]", token), "wildcards are not allowed"),
-            (_DAYS.fullmatch(text), "days before today are written 7days, with a number from 1 to 9999")):
-        if found:
-            return wrong
+    if SECRET.search(token):
+        return "the server's address goes after --url, a password into a netrc file"
+    if _DAYS.fullmatch(text):
+        return "days before today are written 7days, with a number from 1 to 9999"
+    if re.search(r"[*?\\]", token):
+        return "wildcards are not allowed"
     guesses = [text, text.lower(), re.sub(r" *(-+|:|\.\.) *", "-", text)]
     if re.fullmatch(r"(19|20)\d\d([-./]\d\d?){1,2}", text):
         guesses.insert(0, "".join(part.zfill(2) for part in re.split("[-./]", text)))
@@ -521,8 +488,7 @@ def likeliest(token: str, today: datetime.date, prefix: str) -> str:
     if begins or text.isdigit():
         guesses.append(prefix + (text[len(prefix):] if begins else text))
     for guess in guesses:
-        meaning = meaning_of(guess, today, prefix)
-        if meaning:
+        if meaning := meaning_of(guess, today, prefix):
             plainly = isinstance(meaning, Dates) or guess == text
             return f"write {guess}" if plainly else f"accession numbers begin with {beginning(prefix)}: {guess}?"
     if token.startswith(prefix):
@@ -537,9 +503,9 @@ def month_end(day: datetime.date) -> datetime.date:
 
 
 def expand_tokens(tokens: Iterable[str], today: datetime.date, stdin=None,
-                  prefix: str = PREFIX) -> list[Accession | Dates]:
+                  prefix: str = PREFIX) -> list[str | Dates]:
     """All tokens checked, files read, double ones dropped. Raises UsageError."""
-    meant: dict[Accession | Dates, None] = {}
+    meant: dict[str | Dates, None] = {}
     for token in tokens:
         for place, text in token_lines(token[1:], stdin) if token.startswith("@") else [("", token)]:
             try:
@@ -579,18 +545,14 @@ def token_lines(name: str, stdin=None) -> Iterator[tuple[str, str]]:
 
 def months_of(dates: Dates) -> Iterator[tuple[datetime.date, datetime.date]]:
     """A span cut at the ends of months, so that no single answer grows with its length."""
-    first = dates.first
-    while first <= dates.last:
-        end = month_end(first)
-        yield first, min(end, dates.last)
-        if end == datetime.date.max:
-            return
-        first = end + datetime.timedelta(days=1)
+    for month in range(dates.first.year * 12 + dates.first.month - 1, dates.last.year * 12 + dates.last.month):
+        start = datetime.date(month // 12, month % 12 + 1, 1)    # they were counted from the year 0
+        yield max(start, dates.first), min(month_end(start), dates.last)
 
 
-def digits_of(day: datetime.date) -> str:
-    """YYYYMMDD, as DICOM writes dates (DA); strftime does not pad years on every system."""
-    return day.isoformat().replace("-", "")
+def digits_of(first: datetime.date, last: datetime.date | None = None) -> str:
+    """YYYYMMDD, as DICOM writes dates (DA), or YYYYMMDD-YYYYMMDD; strftime does not pad years on every system."""
+    return "-".join(dict.fromkeys(day.isoformat().replace("-", "") for day in (first, last or first)))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -631,37 +593,12 @@ def redirect_target(url: str, path: str, location: str) -> tuple[str, str]:
     return base if usable else place, "redirects are not followed" + usable * ": use that as --url"
 
 
-def open_client(url: str, credentials: Credentials | None, timeout: float, verify: Any):
-    """pyorthanc's client, which is an httpx.Client.
-
-    Proxies in the environment are not used: patient data and passwords go to the named server and nowhere else.
-    """
-    try:
-        import httpx
-        client = client_class()(
-            url, return_raw_response=True, verify=verify, trust_env=False, follow_redirects=False,
-            timeout=httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout), pool=None),
-            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
-            headers={"User-Agent": f"store_study_info/{__version__}"},
-            # httpx itself reads a Location, even where it does not follow it, and fails over a broken one
-            event_hooks={"response": [lambda got: got.extensions.update(at=got.headers.pop("location", None))]})
-    except ImportError as error:
-        raise missing_packages(error.name or str(error)) from None
-    if credentials:
-        client.setup_credentials(*credentials)
-    return client
-
-
 @functools.cache
 def client_class() -> type:
-    """pyorthanc's client, from its own module: the package's `__init__` imports all of pydicom, asyncio and more.
-
-    That took a third of the time of a run on a month (0.1 s of 0.35 s on two cores). A release whose client needs
-    more of its package imports that itself, and one that keeps it elsewhere is imported as a whole.
-    """
+    """pyorthanc's client, from its own module: the package's `__init__` imports all of pydicom, asyncio and more."""
     import importlib.machinery
     import importlib.util
-    try:
+    try:    # it took 0.1 s of 0.35 s of a run on a month; a release that keeps it elsewhere is imported as a whole
         package: Any = importlib.util.find_spec("pyorthanc")
         spec: Any = importlib.machinery.PathFinder.find_spec("pyorthanc.client", package.submodule_search_locations)
         module = importlib.util.module_from_spec(spec)
@@ -686,23 +623,14 @@ def certificates(url: str) -> Any:
         raise UsageError(f"SSL_CERT_FILE {authorities or ''} cannot be read: {reason_of(error)}") from None
 
 
-def growing_wait(tries: int) -> float:
-    """Seconds before the next try, longer each time, with jitter, so that several runs do not knock in step."""
-    import random
-    return WAITS[min(tries, len(WAITS)) - 1] * random.uniform(0.75, 1.25)
-
-
-def retry_after(text: str | None) -> float | None:
+def retry_after(text: str) -> float | None:
     """The header Retry-After in seconds, whether it gives seconds or a date (RFC 9110 10.2.3); else None."""
-    if text is None:
-        return None
-    if re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII):
-        return float(text)
     import email.utils
-    try:
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII):
+            return float(text)
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
+    return None
 
 
 def certificate_error(url: str, fault: Any, timeout: float) -> RunError:
@@ -723,18 +651,14 @@ def certificate_error(url: str, fault: Any, timeout: float) -> RunError:
 
 
 class Http:
-    """The connections to one server; every request goes through `ask`, from any thread.
-
-    looked_up: for messages, the netrc file and host that credentials were looked up in. Raises UsageError where
-    SSL_CERT_FILE cannot be read.
-    """
+    """The connections to one server; every request goes through `ask`, from any thread."""
 
     def __init__(self, url: str, credentials: Credentials | None = None, looked_up: str = "no netrc",
                  timeout: float = DEFAULT_TIMEOUT):
-        self.url, self.timeout, self.looked_up = url.rstrip("/"), timeout, looked_up
+        self.url, self.timeout = url.rstrip("/"), timeout
+        self.looked_up = looked_up          # for messages: the netrc file and host
         self.last_success = -math.inf       # when the last answer with success came
         self._credentials, self._verify = credentials, certificates(url)
-        self._client: Any = None
         self._thread = threading.local()    # of each: end, when the answer that it waits for must be complete
 
     @property
@@ -742,17 +666,23 @@ class Http:
         """Whether no answer was a success yet: what is wrong now ends the run, later only what was asked."""
         return self.last_success == -math.inf
 
-    @property
-    def client(self):
-        """pyorthanc's client, opened by the first request: a run that asks nothing imports nothing."""
-        if self._client is None:
-            self._client = open_client(self.url, self._credentials, self.timeout, self._verify)
-        return self._client
-
-    def close(self) -> None:
-        """Close the connections, if there are any."""
-        if self._client is not None:
-            self._client.close()
+    @functools.cached_property
+    def client(self) -> Any:
+        """pyorthanc's client, which is an httpx.Client; opened by the first request, as that imports a lot."""
+        try:    # without the environment's proxies: patient data and passwords go to the named server and nowhere else
+            import httpx
+            client = client_class()(
+                self.url, return_raw_response=True, verify=self._verify, trust_env=False, follow_redirects=False,
+                timeout=httpx.Timeout(self.timeout, connect=min(CONNECT_SECONDS, self.timeout), pool=None),
+                limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
+                headers={"User-Agent": f"store_study_info/{__version__}"},
+                # httpx itself reads a Location, even where it does not follow it, and fails over a broken one
+                event_hooks={"response": [lambda got: got.extensions.update(at=got.headers.pop("location", None))]})
+        except ImportError as error:
+            raise missing_packages(error.name or str(error)) from None
+        if self._credentials:
+            client.setup_credentials(*self._credentials)
+        return client
 
     def json(self, kind: type, method: str, path: str, body: Any = None, cut: bytes | None = None) -> Any:
         """The answer as JSON of the type `kind`. Its text is never quoted in an error: it can hold patient data."""
@@ -767,30 +697,19 @@ class Http:
             raise self._answered(path, f"a JSON {type(answer).__name__} instead of a {kind.__name__}")
         return answer
 
-    def octets(self, path: str) -> bytes | None:
-        """The answer as bytes, None where there is nothing at that address."""
-        try:
-            return self.ask("GET", path, content_type="application/octet-stream")
-        except NotFound:
-            return None
-
     def ask(self, method: str, path: str, body: Any = None, cut: bytes | None = None, content_type: str = "") -> bytes:
-        """One answer, the request repeated where that can help.
-
-        With `cut`, the mark of a member of a JSON object, the answer ends before it and the rest is not read. Raises
-        ServerError for this request, RunError where the run cannot go on.
-        """
-        began, waited, tries, stale = time.monotonic(), 0.0, 0, False
+        """One answer, the request repeated where that can help. Raises ServerError, or RunError for the whole run."""
+        import random
+        began, waited, tries = time.monotonic(), 0.0, 0
         while True:
             try:
                 return self._once(method, path, body, cut, content_type)
             except TransientError as fault:
-                if fault.stale and not stale:
-                    stale = True    # the server had just closed an idle connection: repeated without a word
-                    continue
                 tries += 1
                 patient = not self.first and not fault.contact
-                wait = growing_wait(tries) if fault.wait is None else fault.wait
+                # Longer each time, with jitter, so that several runs do not knock in step
+                growing = WAITS[min(tries, len(WAITS)) - 1] * random.uniform(0.75, 1.25)
+                wait = growing if fault.wait is None else fault.wait
                 waited += wait
                 if tries >= (PATIENT_TRIES if patient else fault.tries) or waited > LONGEST_WAIT:
                     raise self._final_error(fault, tries, began) from None
@@ -807,9 +726,11 @@ class Http:
             return RunError(f"{text}; is --url right, and the server running?")
         return self._error(text, fault.hint or self.first * "is --url right, and is it http or https?")
 
-    def _error(self, text: str, hint: str, kind: type[ServerError] = ServerError) -> StudyInfoError:
+    def _error(self, text: str, hint: str, status: int = 0) -> StudyInfoError:
         """The end of the run at first, where that can be explained; else of what was asked."""
-        return RunError(f"{text}; {hint}") if hint and self.first else kind(f"{text}; {hint}" if hint else text)
+        if hint and self.first:
+            return RunError(f"{text}; {hint}")
+        return ServerError(f"{text}; {hint}" if hint else text, status)
 
     def _hint(self, met: str, call: str = "") -> str:
         """What HINTS says of what was met, or nothing."""
@@ -852,32 +773,27 @@ class Http:
             return RunError(f"{self.url} ended the connection; {hint}")
         if connecting:
             return TransientError(f"{self.url} cannot be reached ({str(error) or 'no connection'})", contact=False)
-        text = f"{self.url} broke the connection while answering {path} ({type(error).__name__})"
-        return TransientError(text, stale=isinstance(error, (httpx.RemoteProtocolError, httpx.NetworkError)))
+        return TransientError(f"{self.url} broke the connection while answering {path} ({type(error).__name__})")
 
     def _answered(self, path: str, what: str) -> ServerError:
         """The error that an answer is not what it should be."""
         return ServerError(f"{self.url} answered {path} with {what}")
 
     def _watch(self, event: str, info: dict[str, Any]) -> None:
-        """httpcore's trace of a request: once it is sent, header and body together have the time-out's seconds.
-
-        A time-out of each read alone would let a server drip for ever. A connection is used by several threads, one
-        at a time.
-        """
+        """httpcore's trace of a request: once it is sent, header and body together have the time-out's seconds."""
+        # A time-out of each read would let a server drip for ever. Threads use a connection, one at a time.
         if event == "http11.receive_response_headers.started":
             self._thread.end = time.monotonic() + self.timeout
         elif event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            stream = info["return_value"]
-            stream.read = functools.partial(self._read_in_time, stream.read)
+            import httpx
+            stream, read = info["return_value"], info["return_value"].read
 
-    def _read_in_time(self, read: Callable, max_bytes: int, timeout: float | None = None) -> bytes:
-        """A connection's `read` that ends when the time of the reading thread's answer does."""
-        import httpx
-        remaining = self._thread.end - time.monotonic()
-        if remaining <= 0:
-            raise httpx.ReadTimeout("the time for the complete answer is over")
-        return read(max_bytes, remaining)
+            def read_in_time(max_bytes: int, timeout: float | None = None) -> bytes:
+                """A connection's `read` that ends when the time of the reading thread's answer does."""
+                if (remaining := self._thread.end - time.monotonic()) > 0:
+                    return read(max_bytes, remaining)
+                raise httpx.ReadTimeout("the time for the complete answer is over")
+            stream.read = read_in_time
 
     def _check_status(self, response, method: str, path: str, body: Any) -> None:
         """Raise what a status other than 2xx means: for the run, for what was asked, or for this try alone."""
@@ -897,15 +813,12 @@ class Http:
             target, hint = redirect_target(self.url, path, location)
             text = f"{self.url} redirects {path} to {target}"
         if status in (429, 502, 503, 504):
-            wait = retry_after(response.headers.get("retry-after"))
+            wait = retry_after(response.headers.get("retry-after", ""))
             raise TransientError(text, TIMEOUT_TRIES if status == 504 else TRIES, wait, hint=hint)
-        error = self._error(text, hint, NotFound if status == 404 else ServerError)
-        if isinstance(error, ServerError):
-            error.status = status
-        raise error
+        raise self._error(text, hint, status)
 
     def _read(self, response, path: str, cut: bytes | None) -> bytes:
-        """The body, bounded in bytes."""
+        """The body, bounded in bytes, up to `cut`, the mark of a member of a JSON object."""
         data = bytearray()
         for chunk in response.iter_bytes():
             data += chunk
@@ -937,14 +850,10 @@ class Series(NamedTuple):
     study: str          # the study's Orthanc ID
     stable: bool
     header: Header      # of the first instance received; of an older server only what it keeps of study and series
-    instances: tuple[str, ...] | None   # in the order received, where the server tells
+    instances: tuple[str, ...]  # in the order received, where the server tells; empty where they were not asked for
 
 
-# Orthanc's IDs become part of addresses and of sentences: nothing else may.
-ORTHANC_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", re.ASCII)
-
-# The order in which instances came, to the second; within it Orthanc keeps the order of its database.
-RECEIVED = [{"Type": "Metadata", "Key": "ReceptionDate", "Direction": "ASC"}]
+ORTHANC_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", re.ASCII)    # nothing else becomes part of an address
 
 
 def orthanc_id(*identifiers: str) -> str:
@@ -954,20 +863,12 @@ def orthanc_id(*identifiers: str) -> str:
     return "-".join(digest[start:start + 8] for start in range(0, 40, 8))
 
 
-def required(answer: Header, key: str, kind: type) -> Any:
-    """A member of a record that must be there, of that JSON type. Raises ServerError."""
+def required(answer: Header, key: str, kind: type = str) -> Any:
+    """A member of a record that must be there, of that JSON type; text must be an Orthanc ID. Raises ServerError."""
     value = answer.get(key)
-    if not isinstance(value, kind):
-        what = "missing" if value is None else f"a {type(value).__name__}"
+    if not isinstance(value, kind) or kind is str and not ORTHANC_ID.fullmatch(str(value)):
+        what = "missing" if value is None else f"not {'an Orthanc ID' if kind is str else f'a {kind.__name__}'}"
         raise ServerError(f"the server sent a record whose {key} is {what}")
-    return value
-
-
-def required_id(answer: Header, key: str) -> str:
-    """A member of a record that must be an Orthanc ID. Raises ServerError."""
-    value = required(answer, key, str)
-    if not ORTHANC_ID.fullmatch(value):
-        raise ServerError(f"the server sent a record whose {key} is not an Orthanc ID")
     return value
 
 
@@ -1005,50 +906,27 @@ def read_study(answer: Header) -> Study:
     header = read_header(answer)
     listed = answer.get("Series")
     count = len(listed) if isinstance(listed, list) else integer(header.get(SERIES_OF_STUDY))
-    if count is None:
-        raise ServerError("the server sent a study without the number of its series")
     uid = get_element(header, STUDY_UID)
-    if uid is None:    # an empty value in a query matches everything
-        raise ServerError("the server sent a study without a StudyInstanceUID")
+    if count is None or uid is None:    # an empty value in a query matches everything
+        what = "the number of its series" if count is None else "a StudyInstanceUID"
+        raise ServerError(f"the server sent a study without {what}")
     tags = {tag: header[tag] for tag in STUDY_LEVEL if tag in header}
     accession = get_element(header, ACCESSION) or ""
-    return Study(required_id(answer, "ID"), uid, accession, not str(header.get(ACCESSION)).startswith(accession),
+    return Study(required(answer, "ID"), uid, accession, not str(header.get(ACCESSION)).startswith(accession),
                  get_element(header, STUDY_DATE) or "", required(answer, "IsStable", bool), count, tags,
                  "RequestedTags" in answer)
 
 
 def read_series(answer: Header) -> Series:
     """A series record of any server version. Raises ServerError as read_study does."""
-    instances = None if answer.get("Instances") is None else required(answer, "Instances", list)
-    if not all(isinstance(instance, str) and ORTHANC_ID.fullmatch(instance) for instance in instances or ()):
+    listed = [] if answer.get("Instances") is None else required(answer, "Instances", list)
+    if not all(isinstance(one, str) and ORTHANC_ID.fullmatch(one) for one in listed):
         raise ServerError("the server sent a series whose instances are not Orthanc IDs")
     header = read_header(answer)
     if get_element(header, SERIES_UID) is None:
         raise ServerError("the server sent a series without a SeriesInstanceUID")
-    return Series(required_id(answer, "ID"), required_id(answer, "ParentStudy"), required(answer, "IsStable", bool),
-                  header, tuple(instances) if instances is not None else None)
-
-
-def uid_list(studies: Iterable[Study]) -> str:
-    """StudyInstanceUIDs as a query wants them: a list is separated by backslashes (PS3.4 C.2.2.2.2)."""
-    return "\\".join(sorted({study.uid for study in studies}))
-
-
-Found = tuple[list[Study], list[str]]    # the studies of an accession; others that the server took for it
-
-
-class Learnt:
-    """What the answers of one server have shown so far."""
-
-    def __init__(self) -> None:
-        self.complete_below: float = 1    # an answer with fewer studies or series than this was not cut
-        self.capped = False               # whether more than that are never answered (LimitFindResults)
-        self.orders = True                # whether it can sort instances by their reception
-        self.series_together = SERIES_TOGETHER    # how many one find should bring, so that its answer comes soon
-
-    def ask_for_fewer(self, series: int) -> None:
-        """A find for so many series was too large for the server."""
-        self.series_together = max(1, min(series, self.series_together) // 2)
+    return Series(required(answer, "ID"), required(answer, "ParentStudy"), required(answer, "IsStable", bool),
+                  header, tuple(listed))
 
 
 class Orthanc:
@@ -1056,8 +934,12 @@ class Orthanc:
 
     def __init__(self, http: Http):
         self.http = http
-        self.learnt = Learnt()
-        self._allowed = math.inf            # requests that may still be made
+        self.learnt = types.SimpleNamespace(    # from the answers so far
+            complete_below=1,                   # an answer with fewer studies or series than this was not cut
+            capped=False,                       # whether more than that are never answered (LimitFindResults)
+            orders=True,                        # whether it can sort instances by their reception
+            series_together=SERIES_TOGETHER)    # how many one find should bring, so that its answer comes soon
+        self._allowed = math.inf                # requests that may still be made
 
     def within(self, requests: int) -> Orthanc:
         """The same server for so many requests; a further one raises RequestsSpent."""
@@ -1097,12 +979,6 @@ class Orthanc:
         """Whether the index is Orthanc's own, which keeps the order of reception; a plugin's need not."""
         return self.system.get("DatabaseBackendPlugin") is None
 
-    @property
-    def lists_as_received(self) -> bool:
-        """Whether a series lists its instances in the order received: before 1.11, with Orthanc's own index only."""
-        version = re.match(r"(\d+)\.(\d+)", str(self.system["Version"]), re.ASCII)
-        return self.own_index and version is not None and (int(version[1]), int(version[2])) < (1, 11)
-
     def find(self, level: str, query: dict, tags: Iterable[str], content: Iterable[str], **more) -> list[Header]:
         """`tools/find`. Both `Since: 0` and `Limit: 0` are needed against a server's LimitFindResults."""
         body = {"Level": level, "Query": query, "Since": 0, "Limit": 0, "Expand": True, "Short": True,
@@ -1112,14 +988,12 @@ class Orthanc:
             raise ServerError(f"{self.http.url} answered /tools/find with other things than {level.lower()} records")
         return answers
 
-    # -- studies -----------------------------------------------------------------------------------------------------
-
     def find_studies(self, query: dict, tags: Iterable[str] = STUDY_TAGS) -> tuple[list[Study], bool]:
         """The studies that match, and whether that is proven to be all of them."""
         def page(**more) -> dict[str, Header]:
             """The records of a page, by ID."""
             answers = self.find("Study", query, tags, ("RequestedTags", "IsStable"), **more)
-            return {required_id(answer, "ID"): answer for answer in answers}
+            return {required(answer, "ID"): answer for answer in answers}
         extended, records, complete = self.extended, page(), True
         if extended and "StudyDate" in query:
             received = len(records)
@@ -1146,14 +1020,14 @@ class Orthanc:
     def may_be_cut(self, level: str, count: int, ahead: int = 0) -> bool:
         """Whether an answer of `count` records of a server without extended find may be cut (LimitFindResults).
 
-        Seen by asking for one more of any: fewer than that and than the server counts are as many as it ever returns.
-        ahead: how many an answer to come will have. The count comes first: a study that arrives in between is no harm.
+        Seen by asking for one record more than came, or than `ahead`, how many the next answer will have: fewer than
+        that and than the server counts are as many as it ever returns.
         """
         if self.extended:
             return False
         if count >= self.learnt.complete_below and not self.learnt.capped:
             counted = {"Study": "CountStudies", "Series": "CountSeries"}[level]
-            total = self.http.json(dict, "GET", "/statistics").get(counted)
+            total = self.http.json(dict, "GET", "/statistics").get(counted)    # first, as what arrives later is no harm
             if not isinstance(total, int):
                 raise ServerError(f"{self.http.url} answered /statistics without the number of studies or series")
             limit = max(count, ahead) + 1
@@ -1167,12 +1041,10 @@ class Orthanc:
         studies = self._find_all({"AccessionNumber": "\\".join(accessions)})
         return {accession: [study for study in studies if study.accession == accession] for accession in accessions}
 
-    def studies_like(self, accession: str) -> Found:
-        """The studies of an accession, also of one that is padded or not plain, asked for with wildcards.
-
-        The server's index leaves out control characters and those beyond ASCII.
-        """
-        pattern = "*" + (accession if PLAIN.fullmatch(accession) else UNSAFE.sub("*", accession) + "*")
+    def studies_like(self, accession: str) -> tuple[list[Study], list[str]]:
+        """The studies of an accession, also a padded one or one that is not plain, and others that match wildcards."""
+        # The server's index leaves out control characters and those beyond ASCII.
+        pattern = "*" + (accession if PLAIN.fullmatch(accession) else "*".join([*PLAIN.findall(accession), ""]))
         studies = self._find_all({"AccessionNumber": pattern})
         return ([study for study in studies if study.accession == accession],
                 [study.accession for study in studies if study.accession != accession])
@@ -1185,94 +1057,96 @@ class Orthanc:
                               "ask its administrator to lift the limit LimitFindResults")
         return studies
 
-    # -- series and instances ----------------------------------------------------------------------------------------
-
     def series_of(self, query: dict, tags: Iterable[str]) -> list[Series]:
-        """All series that match, as far as the server tells them: see may_be_cut.
-
-        Each comes with the header of one instance: the first received where the index is Orthanc's own, else the one
-        that its database names. How long the answer took decides how much the next ones ask for.
-        """
+        """All series that match, as far as the server tells them (see may_be_cut), each with an instance's header."""
+        # Of the first received where the index is Orthanc's own, else of the one that its database names
         began = time.monotonic()
         answers = self.find("Series", query, tags, ("RequestedTags", "Parent", "IsStable"))
         took, long = time.monotonic() - began, min(LONG_ANSWER, self.http.timeout / 10)
         if took > long:
-            self.learnt.ask_for_fewer(len(answers))
+            self.ask_for_fewer(len(answers))
         elif took < long / 4:
             self.learnt.series_together = min(SERIES_TOGETHER, 2 * self.learnt.series_together)
         return [read_series(answer) for answer in answers]
+
+    def ask_for_fewer(self, series: int) -> None:
+        """A find for so many series was too large for the server."""
+        self.learnt.series_together = max(1, min(series, self.learnt.series_together) // 2)
 
     def list_series(self, study: Study) -> list[Series]:
         """The series of a study, without any limit, with their instances where no find tells them in a better order."""
         answers = self._spend().json(list, "GET", f"/studies/{study.id}/series?expand&short")
         listed = [read_series(answer) for answer in answers if isinstance(answer, dict)]
-        return [series._replace(instances=None if self.extended else self._as_received(series.instances),
+        return [series._replace(instances=() if self.extended else self._as_received(series.instances),
                                 header=series.header | {tag: study.tags.get(tag) for tag in STUDY_LEVEL})
                 for series in listed]
 
-    def _as_received(self, instances: tuple[str, ...] | None) -> tuple[str, ...]:
-        """What a series lists, in the order received, or by ID where the server does not tell it: always the same."""
-        return (instances or ()) if self.lists_as_received else tuple(sorted(instances or ()))
+    def _as_received(self, instances: tuple[str, ...]) -> tuple[str, ...]:
+        """What a series lists: as received before 1.11 with Orthanc's own index, else sorted, always the same."""
+        version = re.match(r"(\d+)\.(\d+)", str(self.system["Version"]), re.ASCII)
+        told = self.own_index and version and (int(version[1]), int(version[2])) < (1, 11)
+        return instances if told else tuple(sorted(instances))
 
     def find_instances(self, query: dict, tags: Iterable[str], **more) -> list[Header]:
         """Instances of a server with extended find, in the order received or, where its index cannot tell, by ID."""
         content = ("RequestedTags", "Parent")
+        received = [{"Type": "Metadata", "Key": "ReceptionDate", "Direction": "ASC"}]    # by seconds
         if self.learnt.orders:
             try:
-                return self.find("Instance", query, tags, content, OrderBy=RECEIVED, **more)
+                return self.find("Instance", query, tags, content, OrderBy=received, **more)
             except ServerError as error:
                 if error.status != 500 or self.own_index:    # what plugins for other databases answer
                     raise
-        answers = sorted(self.find("Instance", query, tags, content, **more), key=lambda one: required_id(one, "ID"))
+        answers = sorted(self.find("Instance", query, tags, content, **more), key=lambda one: required(one, "ID"))
         self.learnt.orders = False
         return answers
 
-    def first_headers(self, series: Series, tags: Iterable[str]) -> Iterator[tuple[str, Header]]:
-        """(ID, requested tags) of the first instances of a series in the order received, the very first included."""
-        # By the series' ID, as a SeriesInstanceUID can stand under two patients; page by page: LimitFindInstances cuts.
-        wanted, seen = min(LOOKS, integer(series.header.get(INSTANCES_OF_SERIES)) or LOOKS), 0
-        while seen < wanted:
-            page = self.find_instances({}, tags, ParentSeries=series.id, Since=seen, Limit=wanted - seen)
-            for answer in page:
-                if answer.get("ParentSeries") == series.id:
-                    yield required_id(answer, "ID"), read_header(answer)
-            if not page:
-                return
-            seen += len(page)
-
-    def instances_in(self, series: Series) -> tuple[str, ...]:
-        """The instances of a series, in the order received where the server tells it, else by ID."""
-        if series.instances is not None:
-            return series.instances
-        return self._as_received(read_series(self._spend().json(dict, "GET", f"/series/{series.id}")).instances)
+    def headers_after_first(self, series: Series, tags: Iterable[str]) -> Iterator[tuple[str, Header, bool]]:
+        """(ID, header, whether that is whole, not these tags) of the instances after the first, up to LOOKS in all."""
+        if self.extended and self.learnt.orders and not series.instances:
+            # By the series' ID, as a UID can stand under two patients; page by page, as LimitFindInstances cuts
+            wanted, seen = min(LOOKS, integer(series.header.get(INSTANCES_OF_SERIES)) or LOOKS), 0
+            while seen < wanted and (page := self.find_instances({}, tags, ParentSeries=series.id, Since=seen,
+                                                                 Limit=wanted - seen)):
+                seen += len(page)
+                told = {required(one, "ID"): read_header(one) for one in page if one.get("ParentSeries") == series.id}
+                yield from ((one, header, False) for one, header in told.items()
+                            if header.get(SOP_UID) != series.header.get(SOP_UID))
+            return
+        first, instances = self.instance_of(series), series.instances
+        if not instances:
+            listed = self._spend().json(dict, "GET", f"/series/{series.id}")
+            instances = self._as_received(read_series(listed).instances)
+        yield from ((one, self.header_of(one, series), True) for one in instances[:LOOKS] if one != first)
 
     def instance_of(self, series: Series) -> str | None:
-        """The Orthanc ID of the instance that a series' header came from.
-
-        IDs are SHA-1 of the DICOM identifiers; that the series' own ID comes out the same proves it for its instance.
-        """
+        """The Orthanc ID of the instance that a series' header came from."""
         if series.instances:
             return series.instances[0]
         parts = [get_element(series.header, tag) or "" for tag in (PATIENT_ID, STUDY_UID, SERIES_UID, SOP_UID)]
-        if orthanc_id(*parts[:3]) == series.id:
+        if orthanc_id(*parts[:3]) == series.id:    # which proves it for its instance
             return orthanc_id(*parts)
         if not all(parts[2:]):
             return None
         found = self.find("Instance", {"SeriesInstanceUID": parts[2], "SOPInstanceUID": parts[3]}, (), ("Parent",))
-        return next((required_id(answer, "ID") for answer in found if answer.get("ParentSeries") == series.id), None)
+        return next((required(answer, "ID") for answer in found if answer.get("ParentSeries") == series.id), None)
 
     def header_of(self, instance: str, series: Series) -> Header:
-        """The header of one instance, what belongs to the study as the server keeps it.
-
-        Read up to the per-frame groups: those of 2,000 frames are 2 MB, and nothing that is asked for comes after.
-        """
+        """The header of one instance, what belongs to the study as the server keeps it."""
+        # Up to the per-frame groups: those of 2,000 frames are 2 MB, and nothing that is asked for comes after.
         header = self._spend().json(dict, "GET", f"/instances/{instance}/tags?short", cut=b'\n   "5200,9230"')
         return checked(header) | {tag: series.header.get(tag) for tag in (*STUDY_LEVEL, SERIES_UID)}
 
     def content(self, instance: str, *path: str) -> bytes | None:
         """The raw bytes of one element, None where it is absent. path: tag, or tag, item, tag … into sequences."""
         steps = "/".join(step.replace(",", "-") for step in path)
-        return self._spend().octets(f"/instances/{instance}/content/{steps}")
+        try:
+            return self._spend().ask("GET", f"/instances/{instance}/content/{steps}",
+                                     content_type="application/octet-stream")
+        except ServerError as error:
+            if error.status != 404:
+                raise
+            return None
 
     def is_big_endian(self, instance: str) -> bool:
         """Whether the file has Explicit VR Big Endian."""
@@ -1280,20 +1154,12 @@ class Orthanc:
         return header.get("0002,0010") == "1.2.840.10008.1.2.2"
 
 
-def instances_of(orthanc: Orthanc, studies: Iterable[Study]) -> dict[str, tuple[str, ...]]:
-    """{series ID: instance IDs in the order received}, for servers whose own lists are in another order."""
-    instances: dict[str, list[str]] = {}
-    for answer in orthanc.find_instances({"StudyInstanceUID": uid_list(studies)}, ()):
-        instances.setdefault(required_id(answer, "ParentSeries"), []).append(required_id(answer, "ID"))
-    return {series: tuple(ids) for series, ids in instances.items()}
-
-
 def studies_between(orthanc: Orthanc, first: datetime.date, last: datetime.date,
                     prefix: str) -> tuple[list[Study], list[datetime.date]]:
     """The studies from first to last whose accession begins with prefix, and the days that may be incomplete."""
     low, high = digits_of(first), digits_of(last)
     # Without the first * no accession that is kept with a leading blank; the exact day is half the cost on 1.10.
-    query = {"AccessionNumber": f"*{prefix}*" if prefix else "*", "StudyDate": low if low == high else f"{low}-{high}"}
+    query = {"AccessionNumber": f"*{prefix}*" if prefix else "*", "StudyDate": digits_of(first, last)}
     studies, complete = orthanc.find_studies(query)
     studies = [study for study in studies
                if study.accession and study.accession.startswith(prefix) and low <= study.date <= high]
@@ -1353,10 +1219,7 @@ def private_tag(header: Header, group: str, creator: str, element: str) -> str |
 
 
 def undecoded_time(header: Header) -> str | None:
-    """The tag of an acquisition time that may be there although the server says null.
-
-    Orthanc does not decode private elements of VR UN or of Implicit VR files, only their raw content.
-    """
+    """The tag of a time that is null, maybe as Orthanc decodes no private element of UN or Implicit VR; else None."""
     tag = private_tag(header, *SIEMENS_HEADER)
     return tag if tag and header.get(tag) is None else None
 
@@ -1373,17 +1236,13 @@ def extract_sar(header: Header) -> Value:
 
 
 def extract_duration(header: Header) -> Value:
-    """The Siemens acquisition time in seconds, wherever its private block is.
-
-    Under another creator (0051,100a) means something else (GE's GEMS_FUNCTOOL_01 keeps a signed number there); with
-    no creator at all it is taken if it reads as a duration.
-    """
+    """The Siemens acquisition time in seconds, wherever its private block is, or what reads so without a creator."""
     siemens, creator = private_tag(header, *SIEMENS_HEADER), get_element(header, "0051,0010")
     tag = siemens or TIME_OF_ACQUISITION
     text = get_element(header, tag)
     if text is None:
         return Value(None, TIME_ABSENT, f"duration ({tag}) is {'absent' if header.get(tag) is None else 'empty'}")
-    if creator and not siemens:
+    if creator and not siemens:    # GE's GEMS_FUNCTOOL_01 keeps a signed number there
         return Value(None, OTHER_VENDOR, f"({tag}) belongs to {quoted(creator)}, it is not a duration")
     value = acquisition_time(text)
     if value is None:
@@ -1404,11 +1263,8 @@ def may_be_siemens(header: Header) -> bool:
 
 
 def may_be_elsewhere(values: SeriesValues) -> bool:
-    """Whether other instances of the series may have what this one lacks.
-
-    One object of a private class among the images lacks both while 544 others have them. Where another vendor's
-    creator or manufacturer, or an enhanced object, explains the lack, they have not.
-    """
+    """Whether other instances may have what this one lacks: not where a vendor or an enhanced object explains it."""
+    # One object of a private class among the images lacked both while 544 others had them.
     if not {SAR_ABSENT, TIME_ABSENT} & {value.reason for value in values.missing}:
         return False
     header = values.header
@@ -1425,12 +1281,9 @@ def series_order(header: Header) -> tuple:
 def extract_study(headers: list[Header], accession: str) -> dict[str, Any]:
     """The row of a study: of each column the first of its series, by number and UID, that has a value."""
     headers = sorted(headers, key=series_order)
-
-    def first_value(field: Field) -> Any:
-        """Of a column, None where no series has one."""
-        values = (field.parse(header.get(field.tag)) for header in headers)
-        return next((value for value in values if value is not None), None)
-    return {field.column: first_value(field) for field in STUDY_FIELDS} | {"accession": accession}
+    return {field.column: next((value for header in headers
+                                if (value := field.parse(header.get(field.tag))) is not None), None)
+            for field in STUDY_FIELDS} | {"accession": accession}
 
 
 def extract_series(values: SeriesValues, accession: str) -> dict[str, Any]:
@@ -1443,29 +1296,26 @@ def extract_series(values: SeriesValues, accession: str) -> dict[str, Any]:
 # Other sources: SAR and duration elsewhere in the file, for --fallback
 # ------------------------------------------------------------------------------------------------------------------
 
-def items_of(sequence: Any, tag: str | None = None) -> Iterator[Header]:
-    """The items of a sequence, or of the sequence `tag` in each of them; nothing where there is no sequence."""
+def items_of(sequence: Any, *tags: str) -> Iterator[Header]:
+    """The items of a sequence, or of the sequences at the end of this path; nothing where there is no sequence."""
     for item in sequence if isinstance(sequence, list) else ():
         if isinstance(item, dict):
-            yield from items_of(item.get(tag)) if tag else (item,)
+            yield from items_of(item.get(tags[0]), *tags[1:]) if tags else (item,)
 
 
 def whole_body_sar(groups: Any) -> float | None:
     """The whole-body SAR in functional groups of an enhanced MR object, W/kg (PS3.3 C.8.13.5.2)."""
     # Other items are of the head, a part of the body or local; Siemens lists SMR_B1RMS among them, which is not a SAR.
-    for timing in items_of(groups, "0018,9112"):
-        for item in items_of(timing.get("0018,9239")):
-            if get_element(item, "0018,9179") == "IEC_WHOLE_BODY":
-                return non_negative(get_element(item, "0018,9181"))
+    for item in items_of(groups, "0018,9112", "0018,9239"):
+        if get_element(item, "0018,9179") == "IEC_WHOLE_BODY":
+            return non_negative(get_element(item, "0018,9181"))
     return None
 
 
 def frame_sar(orthanc: Orthanc, series: Series) -> float | None:
     """The whole-body SAR of the first frame of an enhanced object, W/kg, a few bytes at a time."""
-    instance = orthanc.instance_of(series)
-    if instance is None:
-        return None
-    for item in itertools.count():    # it is listed first by every vendor seen
+    instance = orthanc.instance_of(series) or ""
+    for item in itertools.count() if instance else ():    # it is listed first by every vendor seen
         path = (instance, "5200,9230", "0", "0018,9112", "0", "0018,9239", str(item))
         definition = orthanc.content(*path, "0018,9179")
         if definition is None:
@@ -1526,14 +1376,12 @@ _PROTOCOL = re.compile(rb"(?<![\w.])(lTotalScanTimeSec|lRepetitions|ucOneSeriesF
 def protocol_duration(protocol: bytes, ta: Decimal | None) -> tuple[Decimal | None, str]:
     """The seconds of a series by the text of its protocol, None where the acquisition time stands; and of how much.
 
-    The total is of all measurements. They can be a series each (ucOneSeriesForAllMeas = 0x4).
-
     >>> protocol_duration(b"lTotalScanTimeSec = 78 lRepetitions = 29", Decimal("2.4"))
     (Decimal('78'), ', 30 measurements')
     """
     numbers = {name: int(value, 16 if value[:2] == b"0x" else 10) for name, value in _PROTOCOL.findall(protocol)[::-1]}
     seconds, measurements = Decimal(numbers.get(b"lTotalScanTimeSec", 0)), numbers.get(b"lRepetitions", 0) + 1
-    together = numbers.get(b"ucOneSeriesForAllMeas", 1) == 1
+    together = numbers.get(b"ucOneSeriesForAllMeas", 1) == 1    # with 0x4 they are a series each
     if ta is None or ta < 1:
         seconds /= 1 if together else measurements
     elif not together or measurements == 1 or ta >= Decimal("0.8") * seconds:
@@ -1596,15 +1444,12 @@ class Fetched(NamedTuple):
 
     study: dict[str, Any]
     series: list[dict[str, Any]]
-    skipped: Counter                # of REASONS
-    origins: Counter                # of ORIGINS, of stored series
+    counts: Counter                 # of REASONS and, of stored series, of ORIGINS
     notes: list[tuple[int, str]]    # (logging level, sentence)
 
 
 class Acquisition:
     """One accession of this run, and why."""
-
-    __slots__ = ("accession", "stored", "named", "dated", "dates", "studies", "all_known", "failed")
 
     def __init__(self, accession: str, stored: str | None):
         self.accession = accession
@@ -1612,12 +1457,7 @@ class Acquisition:
         self.named = self.dated = False         # by its own token, by a date token
         self.dates: set[str] = set()            # study dates that the server has it on, as far as it was asked
         self.studies: dict[str, Study] = {}     # by Orthanc ID, where they are needed
-        self.all_known = self.failed = False    # whether the studies are all that there are; cannot be had
-
-    @property
-    def needed(self) -> bool:
-        """Whether it is to be fetched: not stored, or stored with a date that no date token found it on."""
-        return not self.failed and (self.stored is None or self.dated and self.stored not in self.dates)
+        self.all_known = False                  # whether these are all that there are
 
     @property
     def order(self) -> tuple[str, str]:
@@ -1648,9 +1488,6 @@ class Acquisition:
                 self.studies[study.id] = study
 
 
-Answer = tuple[list[Series], int]    # the series of an accession, and how many came with them in one answer
-
-
 def ask_together(ask: Callable[[list[str]], dict[str, Any]], accessions: list[str]) -> dict[str, Any]:
     """{accession: answer or StudyError}: by one question or, where that fails, by one for each."""
     if len(accessions) > 1:
@@ -1667,16 +1504,14 @@ def ask_together(ask: Callable[[list[str]], dict[str, Any]], accessions: list[st
 
 def fetch_together(orthanc: Orthanc, group: list[Acquisition], options: Options) -> list[Fetched | StudyError]:
     """Everything of some accessions, whose series are asked for together; each is fetched or fails for itself."""
-    def ask(accessions: list[str]) -> dict[str, Answer]:
-        """The series of these accessions by one find."""
+    def ask(accessions: list[str]) -> dict[str, list[Series]]:
+        """The series of these accessions by one find, for each of them."""
         try:
             series = orthanc.series_of({"AccessionNumber": "\\".join(accessions)}, options.tags)
+            return dict.fromkeys(accessions, series)
         except StudyError:
-            orthanc.learnt.ask_for_fewer(sum(one.series_count for one in group if one.accession in accessions))
+            orthanc.ask_for_fewer(sum(one.series_count for one in group if one.accession in accessions))
             raise
-        names = [get_element(one.header, ACCESSION) for one in series]
-        return {accession: ([one for one, name in zip(series, names, strict=True) if name == accession], len(series))
-                for accession in accessions}
 
     answers = ask_together(ask, [wanted.accession for wanted in group if wanted.by_name])
     fetched: list[Fetched | StudyError] = []
@@ -1688,9 +1523,9 @@ def fetch_together(orthanc: Orthanc, group: list[Acquisition], options: Options)
     return fetched
 
 
-def fetch_accession(orthanc: Orthanc, wanted: Acquisition, answer: Answer | StudyError | None,
+def fetch_accession(orthanc: Orthanc, wanted: Acquisition, answer: list[Series] | StudyError | None,
                     options: Options) -> Fetched:
-    """Everything of one accession, from however many studies. Raises StudyError where it may not be stored."""
+    """Everything of one accession; answer: what a find by name brought, if there was one. Raises StudyError."""
     if isinstance(answer, StudyError):
         raise answer
     studies, series = all_series(orthanc, wanted, answer, options)
@@ -1700,38 +1535,35 @@ def fetch_accession(orthanc: Orthanc, wanted: Acquisition, answer: Answer | Stud
     images = [one for one in series if get_element(one.header, MODALITY) == "MR"]
     if not images:
         raise NoMrSeries("has no MR series, not stored")
-    warnings = list(warnings_about(studies, series, options.today))
+    warnings = []
+    patients = {get_element(one.header, PATIENT_ID) for one in series}    # told apart, never shown
+    if len(patients) > 1:
+        warnings.append(f"its studies have {len(patients)} different patient IDs; the row is of the earliest with MR")
+    if any(study.date == options.today for study in studies):
+        warnings.append("stored on its own study date, more series may still come; --force fetches it again")
     return _process_study(orthanc, wanted.accession, with_headers(orthanc, studies, images), warnings, options)
 
 
-def all_series(orthanc: Orthanc, wanted: Acquisition, answer: Answer | None,
+def all_series(orthanc: Orthanc, wanted: Acquisition, answer: list[Series] | None,
                options: Options) -> tuple[list[Study], list[Series]]:
-    """All studies and all series of an accession, in order, checked against each study's own count of series.
-
-    Its other studies are asked for where the series that came show, or may hide, others than the known ones.
-    """
-    studies = list(wanted.studies.values())
+    """All studies and all series of an accession, in order, checked against each study's own count of series."""
+    studies, count = list(wanted.studies.values()), len(answer or ())
     if answer is None and any(study.answers_tags for study in studies):
-        answer = orthanc.series_of({"StudyInstanceUID": uid_list(studies)}, options.tags), 0
-    found, count = answer or ([], 0)
-    series = [one for one in found if get_element(one.header, ACCESSION) == wanted.accession]
+        answer = orthanc.series_of({"StudyInstanceUID": "\\".join(study.uid for study in studies)}, options.tags)
+    series = [one for one in answer or () if get_element(one.header, ACCESSION) == wanted.accession]
+    lacking = answer is not None and is_incomplete(studies, series)
     others = not wanted.all_known and ({one.study for one in series} != {study.id for study in studies}
-                                       or orthanc.may_be_cut("Series", count))
-    if others:
-        studies = every_study(orthanc, wanted)
+                                       or orthanc.may_be_cut("Series", count))    # these show, or may hide, others
+    if lacking or others:
+        named = orthanc.studies_of([wanted.accession])[wanted.accession] if wanted.plain else []
+        studies = named or orthanc.studies_like(wanted.accession)[0]    # one with a leading blank has no such name
     if is_incomplete(studies, series):
-        if answer is not None and not others:
-            studies = every_study(orthanc, wanted)
         series = [one for study in studies for one in orthanc.list_series(study)]
     if is_incomplete(studies, series):
         raise StudyError("changed on the server while it was read, not stored; run again")
-    return in_study_order(studies, series)
-
-
-def every_study(orthanc: Orthanc, wanted: Acquisition) -> list[Study]:
-    """All studies of an accession as they are now."""
-    named = orthanc.studies_of([wanted.accession])[wanted.accession] if wanted.plain else []
-    return named or orthanc.studies_like(wanted.accession)[0]    # kept with a leading blank it is not found by its name
+    studies.sort(key=lambda study: (not study.date, study.date, study.uid, study.id))    # a missing date last
+    place = {study.id: position for position, study in enumerate(studies)}
+    return studies, sorted(series, key=lambda one: (place[one.study], *series_order(one.header)))
 
 
 def is_incomplete(studies: list[Study], series: list[Series]) -> bool:
@@ -1741,33 +1573,24 @@ def is_incomplete(studies: list[Study], series: list[Series]) -> bool:
             or not counts.keys() <= {study.id for study in studies})
 
 
-def in_study_order(studies: list[Study], series: list[Series]) -> tuple[list[Study], list[Series]]:
-    """Both by StudyDate (a missing one last), StudyInstanceUID and, within a study, SeriesNumber and UID."""
-    studies = sorted(studies, key=lambda study: (not study.date, study.date, study.uid, study.id))
-    place = {study.id: position for position, study in enumerate(studies)}
-    return studies, sorted(series, key=lambda one: (place[one.study], *series_order(one.header)))
-
-
 def with_headers(orthanc: Orthanc, studies: list[Study], series: list[Series]) -> list[Series]:
-    """Each series with the header of its first instance, read from the instance where the server did not look.
-
-    Older servers, and those with StorageAccessOnFind "Never". Raises StudyError where a series has no instance left.
-    """
-    if any(lacks_file_tags(one) and one.instances is None for one in series):    # lists by ID, or told by a find
-        instances = instances_of(orthanc, studies) if orthanc.extended else \
-            {one.id: one.instances for study in studies for one in orthanc.list_series(study)}
-        series = [one._replace(instances=instances.get(one.id, ())) if lacks_file_tags(one) else one for one in series]
+    """Each series with its first instance's header, read there where the server did not look. Raises StudyError."""
+    listed = {one.id: [*one.instances] for one in series}
     if any(lacks_file_tags(one) and not one.instances for one in series):
+        if orthanc.extended:    # its own lists are in no order
+            for answer in orthanc.find_instances({"StudyInstanceUID": "\\".join(study.uid for study in studies)}, ()):
+                listed.setdefault(required(answer, "ParentSeries"), []).append(required(answer, "ID"))
+        else:
+            listed |= {one.id: [*one.instances] for study in studies for one in orthanc.list_series(study)}
+    if any(lacks_file_tags(one) and not listed[one.id] for one in series):
         raise StudyError("lost an instance on the server while it was read, not stored; run again")
-    return [one._replace(header=orthanc.header_of(one.instances[0], one)) if one.instances and lacks_file_tags(one)
-            else one for one in series]
+    return [one._replace(instances=tuple(listed[one.id]), header=orthanc.header_of(listed[one.id][0], one))
+            if lacks_file_tags(one) else one for one in series]
 
 
 def lacks_file_tags(series: Series) -> bool:
-    """Whether the server did not look into the file: keys that no index keeps are absent, not null.
-
-    SAR and duration do not tell: a server may keep them (ExtraMainDicomTags) without the creator that they belong to.
-    """
+    """Whether the server did not look into the file, as old ones and those with StorageAccessOnFind "Never" do not."""
+    # Keys that no index keeps are absent then, not null; it may keep SAR and duration (ExtraMainDicomTags).
     return not {f"0051,00{block}" for block in BLOCKS[1:]} <= series.header.keys()
 
 
@@ -1776,14 +1599,13 @@ def _process_study(orthanc: Orthanc, accession: str, series: list[Series], warni
     """The rows of an accession from its MR series, in order: the study's from the earliest study, and each series'."""
     earliest = [one.header for one in series if one.study == series[0].study]
     rows: dict[str, dict[str, Any]] = {}
-    skipped: Counter = Counter()
+    counts: Counter = Counter()
     notes: list[tuple[int, str]] = []
-    origins: Counter = Counter()
     for one in series:
         values = _process_series(orthanc, one, options)
         name = f"series {get_element(one.header, SERIES_NUMBER) or '?'} ({get_element(one.header, SERIES_UID)})"
         if values.missing:
-            skipped[values.missing[0].reason or ""] += 1
+            counts[values.missing[0].reason] += 1
             reasons = "; ".join(value.detail for value in values.missing)
             notes.append((logging.DEBUG, f"{name} skipped: {reasons}"))
             continue
@@ -1792,22 +1614,12 @@ def _process_study(orthanc: Orthanc, accession: str, series: list[Series], warni
             notes.append((logging.WARNING, f"{name} is on the server twice, the one of the earlier study is stored"))
             continue
         notes.extend((logging.DEBUG, f"{name}: {source}") for source in values.sources)
-        origins[BELOW_ONE_SECOND if values.duration.value < 1 else values.origin] += 1
+        counts[BELOW_ONE_SECOND if values.duration.value < 1 else values.origin] += 1
         if values.duration.value < 1:
-            time_said = f"an acquisition time of {values.duration.value} s, which may not be that of the scan"
-            notes.append((logging.DEBUG, f"{name} has {time_said}"))
+            said = f"{name} has an acquisition time of {values.duration.value} s, which may not be that of the scan"
+            notes.append((logging.DEBUG, said))
     notes.extend((logging.WARNING, warning) for warning in warnings)
-    study = extract_study(earliest, accession)
-    return Fetched(study, list(rows.values()), skipped, origins, notes)
-
-
-def warnings_about(studies: list[Study], series: list[Series], today: str) -> Iterator[str]:
-    """What a person should look at although everything was stored. Patient IDs are told apart, never shown."""
-    patients = {get_element(one.header, PATIENT_ID) for one in series}
-    if len(patients) > 1:
-        yield f"its studies have {len(patients)} different patient IDs; the study row is of the earliest with MR series"
-    if any(study.date == today for study in studies):
-        yield "stored on its own study date, more series may still come; --force fetches it again"
+    return Fetched(extract_study(earliest, accession), list(rows.values()), counts, notes)
 
 
 def _process_series(orthanc: Orthanc, series: Series, options: Options) -> SeriesValues:
@@ -1848,14 +1660,11 @@ def second_look(orthanc: Orthanc, series: Series, values: SeriesValues, tags: It
     """The values of the first of the next instances received that has both SAR and duration."""
     if not values.missing or not may_be_elsewhere(values):
         return values
-    by_tags = orthanc.extended and orthanc.learnt.orders and series.instances is None
-    for instance, header in siblings(orthanc, series, tags if by_tags else ()):
+    for instance, header, whole in orthanc.headers_after_first(series, tags):
         found, tag = read_values(header, instance), undecoded_time(header)
         if found.sar.value is not None and tag:
             found = with_raw_time(orthanc, instance, found, tag)
-        if found.missing:
-            continue
-        if by_tags:
+        if not found.missing and not whole:
             # RequestedTags mix in what the server keeps of the series, which is of its first instance: one request more
             tag = private_tag(header, *SIEMENS_HEADER) or TIME_OF_ACQUISITION
             found = read_values(orthanc.header_of(instance, series) | {tag: found.header.get(tag)}, instance)
@@ -1863,17 +1672,6 @@ def second_look(orthanc: Orthanc, series: Series, values: SeriesValues, tags: It
             source = "read from another instance than the first, which lacks SAR or duration"
             return found._replace(sources=(source,))
     return values
-
-
-def siblings(orthanc: Orthanc, series: Series, tags: Iterable[str]) -> Iterator[tuple[str, Header]]:
-    """(ID, header) of a few instances after the first one received: these tags by one find, else all, one by one."""
-    if tags:
-        first = series.header.get(SOP_UID)
-        yield from ((instance, header) for instance, header in orthanc.first_headers(series, tags)
-                    if header.get(SOP_UID) != first)
-        return
-    first, instances = orthanc.instance_of(series), orthanc.instances_in(series)
-    yield from ((instance, orthanc.header_of(instance, series)) for instance in instances[:LOOKS] if instance != first)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1886,20 +1684,17 @@ class Database(sqlite3.Connection):
     path = ""
 
 
-MAGIC = b"SQLite format 3\0"                # the first bytes of every database that is not empty
-SIDES = ("", "-journal", "-wal", "-shm")    # what SQLite adds to its name for the files that it keeps beside it
+MAGIC = b"SQLite format 3\0"    # the first bytes of every database that is not empty
 
 # An accession, given twice: found by the index, and no other by a column that takes E1a for E1A or 007 for 7.
 THE_ACCESSION = "accession = ? AND CAST(accession AS TEXT) = ? COLLATE BINARY"
 
-RESTORE = "restore it from a copy, or move it away and fetch the studies again"
-ADVICE = (    # for what SQLite says, by a word of it
+ADVICE = (    # for what SQLite says
     ("readonly", "it or its folder cannot be written: check the permissions"),
     ("locked", f"another program has held it for {BUSY_SECONDS:.0f} s: run again later"),
     ("full", "make room, then run again"),
     ("unable to open", "check the path and the permissions"),
-    ("malformed", RESTORE),
-    ("not a database", f"it is damaged: {RESTORE}"),
+    ("is malformed|malformed database|not a database", "it is damaged: restore it from a copy, or move it away"),
 )
 
 
@@ -1912,7 +1707,7 @@ def database_errors(path: str) -> Iterator[None]:
         raise StudyError(f"not stored: database {path} has a rule of your own that refuses it ({error}); change that "
                          "column, index or trigger") from None
     except sqlite3.Error as error:
-        advice = "".join(f"; {advice}" for word, advice in ADVICE if word in str(error))
+        advice = "".join(f"; {advice}" for words, advice in ADVICE if re.search(words, str(error)))
         raise DatabaseError(f"database {path}: {error}{advice}") from None
 
 
@@ -1933,10 +1728,10 @@ def is_database(path: str) -> bool:
 
 def check_database_file(path: str) -> bool:
     """Whether the database exists. Raises DatabaseError where it is something else, or could not be created."""
+    folder, other = os.path.dirname(path), "name another with --db"
     try:
         start = first_bytes(path)
     except FileNotFoundError:
-        folder, other = os.path.dirname(path), "name another with --db"
         if not os.path.isdir(folder):
             raise DatabaseError(f"database {path}: there is no folder {folder}; create it, or {other}") from None
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -1945,7 +1740,7 @@ def check_database_file(path: str) -> bool:
     except (OSError, ValueError) as error:
         raise DatabaseError(f"database {path} cannot be read: {reason_of(error)}") from None
     if start and start != MAGIC:
-        raise DatabaseError(f"database {path} is not an SQLite file and is left as it is; name another with --db")
+        raise DatabaseError(f"database {path} is not an SQLite file and is left as it is; {other}")
     return True
 
 
@@ -1975,67 +1770,46 @@ def transaction(conn: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def read_columns(conn: sqlite3.Connection, table: str) -> dict[str, int]:
-    """{column in lower case: place in the primary key, 0 for none}; empty where there is no such table."""
-    return {row[1].lower(): row[5] for row in execute_when_free(conn, f"PRAGMA table_info({table})")}
-
-
-def check_columns(path: str, tables: dict[str, dict[str, int]]) -> None:
-    """Raise DatabaseError where a table lacks columns or its primary key; one that is not there yet has no columns."""
+def check_columns(conn: Database) -> None:
+    """Raise DatabaseError where a table that is there lacks columns or its primary key."""
     faults = []
-    for table, columns in tables.items():
-        missing = [field.column for field in TABLES[table] if field.column not in columns]
-        key = TABLES[table][0].column
+    for table, fields in TABLES.items():
+        columns = {row[1].lower(): row[5] for row in execute_when_free(conn, f"PRAGMA table_info({table})")}
+        missing, key = [field.column for field in fields if field.column not in columns], fields[0].column
         if columns and missing:
             faults.append(f"the table {table} lacks {', '.join(missing)}")
         elif columns and [name for name, place in columns.items() if place] != [key]:
             faults.append(f"{key} is not the primary key of the table {table}")
     if faults:
         advice = "move the file away to have the tables built anew, or name another with --db"
-        raise DatabaseError(f"database {path}: {' and '.join(faults)}; {advice}")
-
-
-def has_index(conn: sqlite3.Connection) -> bool:
-    """Whether the series of an accession are found by an index, of whatever name."""
-    return execute_when_free(
-        conn, "SELECT 1 FROM pragma_index_list('series') AS list, pragma_index_info(list.name) AS info "
-              "WHERE info.seqno = 0 AND lower(info.name) = 'accession'").fetchone() is not None
-
-
-def create_tables(conn: sqlite3.Connection) -> None:
-    """The tables and the index, where they are not there yet."""
-    for table, fields in TABLES.items():
-        columns = ", ".join(f"{field.column} {field.sql}" for field in fields)
-        conn.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
-    conn.execute("CREATE INDEX IF NOT EXISTS series_accession ON series(accession)")
+        raise DatabaseError(f"database {conn.path}: {' and '.join(faults)}; {advice}")
 
 
 def open_database(path: str) -> Database:
     """The database at an absolute path, created with its tables where absent, readable by its owner alone."""
     if not check_database_file(path):
         try:
-            os.close(os.open(os.path.realpath(path), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        except FileExistsError:
-            pass    # another run was faster
+            os.close(os.open(os.path.realpath(path), os.O_CREAT | os.O_WRONLY, 0o600))
         except OSError as error:
             raise DatabaseError(f"database {path} cannot be created: {reason_of(error)}") from None
     with database_errors(path), contextlib.ExitStack() as undo:
         conn = sqlite3.connect(path, timeout=SIGNAL_CHECK_SECONDS, isolation_level=None, factory=Database)
         undo.callback(conn.close)
         conn.path, conn.text_factory = path, functools.partial(str, encoding="utf-8", errors="replace")
-        tables = {table: read_columns(conn, table) for table in TABLES}
-        check_columns(path, tables)
-        if not all(tables.values()) or not has_index(conn):
+        check_columns(conn)
+        there = execute_when_free(conn, "SELECT lower(name) FROM sqlite_master").fetchall()
+        if not {(name,) for name in (*TABLES, "series_accession")} <= {*there}:
             with transaction(conn):
-                create_tables(conn)
+                for table, fields in TABLES.items():
+                    columns = ", ".join(f"{field.column} {field.sql}" for field in fields)
+                    conn.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+                conn.execute("CREATE INDEX IF NOT EXISTS series_accession ON series(accession)")
         undo.pop_all()
     return conn
 
 
-def stored_date(conn: Database | None, accession: str) -> str | None:
+def stored_date(conn: Database, accession: str) -> str | None:
     """The stored study date of an accession, empty where it has none; None where it is not stored."""
-    if conn is None:
-        return None
     with database_errors(conn.path):
         statement = f"SELECT CAST(ifnull(study_date, '') AS TEXT) FROM studies WHERE {THE_ACCESSION}"
         row = execute_when_free(conn, statement, (accession, accession)).fetchone()
@@ -2049,18 +1823,14 @@ class Outcome(NamedTuple):
 
 def read_rows(conn: sqlite3.Connection, accession: str) -> dict[str, dict[str, tuple]]:
     """What is stored of an accession: {table: {key: values in the order of the fields}}."""
-    def rows(table: str, columns: str) -> sqlite3.Cursor:
-        """Those of a table."""
-        return conn.execute(f"SELECT {columns} FROM {table} WHERE {THE_ACCESSION}", (accession, accession))
-    return {table: {str(row[0]): row for row in rows(table, ", ".join(field.column for field in fields))}
-            for table, fields in TABLES.items()}
+    queries = {table: f"SELECT {', '.join(field.column for field in fields)} FROM {table} WHERE {THE_ACCESSION}"
+               for table, fields in TABLES.items()}
+    return {table: {str(row[0]): row for row in conn.execute(query, (accession, accession))}
+            for table, query in queries.items()}
 
 
 def differences(table: str, row: dict[str, Any], stored: dict[str, dict[str, tuple]]) -> list[str]:
-    """What differs between a row and the stored one with its key.
-
-    A column of another type than ours may keep '20240427' as 20240427, which is written alike, but not '0012' as 12.
-    """
+    """What differs between a row and the one stored with its key; '123' may be kept as 123, not '012' as 12."""
     kept = stored[table].get(row[TABLES[table][0].column])
     if kept is None:
         return [f"no row in {table}"]
@@ -2069,124 +1839,106 @@ def differences(table: str, row: dict[str, Any], stored: dict[str, dict[str, tup
             if ours != value and (None in (ours, value) or str(ours) != str(value))]
 
 
-def upsert(conn: sqlite3.Connection, table: str, row: dict[str, Any], known: bool, rule: str) -> None:
-    """Insert a row, or update a known one by its primary key; further columns of the user's own stay as they are.
-
-    rule: what overrules an ON CONFLICT clause of the user's own: REPLACE would take out rows of other studies. Only
-    where there is one, as SQLite then overrules what his triggers do, too; so does its own upsert, which is not used.
-    """
-    columns, values = [field.column for field in TABLES[table]], [row[field.column] for field in TABLES[table]]
-    if known:
-        conn.execute(f"UPDATE {rule} {table} SET {' = ?, '.join(columns)} = ? WHERE {columns[0]} = ?",
-                     [*values, values[0]])
-    else:
-        conn.execute(f"INSERT {rule} INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-                     values)
-
-
-def write_rows(conn: Database, acc: str, study: dict[str, Any], series: list[dict[str, Any]], replace: bool) -> Outcome:
-    """What `store_study` does in its transaction."""
-    for row in series:
-        found = conn.execute("SELECT accession FROM series WHERE series_uid = ?", (row["series_uid"],)).fetchone()
-        if found and str(found[0]) != acc:
-            raise StudyError(f"not stored: series {row['series_uid']} of {acc} is stored under accession {found[0]} "
-                             "already; see 'One series under two accessions' in README.md")
-    before, uids = read_rows(conn, acc), {row["series_uid"] for row in series}
-    replace = replace or not before["studies"]    # series without their study's row are not a stored accession
-    missing = before["series"].keys() - uids
-    gone = missing if replace else set()
-    wanted = [("studies", study)] if replace or not missing else []
-    wanted += [("series", row) for row in series
-               if replace or not missing or row["series_uid"] not in before["series"]]
-    changes = [(table, row) for table, row in wanted if differences(table, row, before)]
-    for uid in gone:
-        conn.execute("DELETE FROM series WHERE series_uid IS ? AND accession IS ?", before["series"][uid][:2])
+def upsert(conn: sqlite3.Connection, rows: list[tuple[str, dict[str, Any]]],
+           stored: dict[str, dict[str, tuple]]) -> None:
+    """Insert (table, row), or update a stored one by its primary key; columns of the user's own stay as they are."""
+    # An ON CONFLICT clause of the user's own is overruled: REPLACE would take out rows of other studies. Only where
+    # there is one, as SQLite then overrules what his triggers do, too; so does its own upsert, which is not used.
     ruled = {name for (name,) in conn.execute("SELECT lower(name) FROM sqlite_master WHERE sql LIKE '%CONFLICT%'")}
-    for table, row in changes:
-        upsert(conn, table, row, row[TABLES[table][0].column] in before[table], "OR ABORT" if table in ruled else "")
-    after = read_rows(conn, acc)
-    wrong = [text for table, row in wanted for text in differences(table, row, after)]
-    if wrong or after["series"].keys() != before["series"].keys() - gone | uids:
-        raise StudyError(f"not stored: database {conn.path} kept something else than was written "
-                         f"({wrong[0] if wrong else 'other series'}); change your column or trigger that does")
-    return Outcome(len(missing - gone), bool(changes or gone))
+    for table, row in rows:
+        rule, columns, key = "OR ABORT" if table in ruled else "", [*row], TABLES[table][0].column
+        if row[key] in stored[table]:
+            conn.execute(f"UPDATE {rule} {table} SET {' = ?, '.join(columns)} = ? WHERE {key} = ?",
+                         [*row.values(), row[key]])
+        else:
+            conn.execute(f"INSERT {rule} INTO {table} ({', '.join(columns)}) "
+                         f"VALUES ({', '.join('?' * len(columns))})", [*row.values()])
 
 
 def store_study(acc: str, conn: Database, study: dict[str, Any], series: list[dict[str, Any]],
                 replace: bool = True) -> Outcome:
     """Store one accession whole or not at all: its row and exactly these series, gone ones out.
 
-    Without `replace`, where stored series are not among these, nothing is changed or taken out: only new series come
-    in. So the rows of an accession never are of two states of the server. Raises StudyError where
-    a series is stored under another accession already, as it is never moved, and where a constraint, a trigger or the
-    type of a column of the user's own refuses or changes what is written.
+    Without `replace`, where stored series are not among these, only new ones come in: no row is of another state of the
+    server. Raises StudyError where a series is stored under another accession, and where a rule or type of the user's
+    own refuses or changes what is written.
     """
     with database_errors(conn.path), transaction(conn):
-        return write_rows(conn, acc, study, series, replace)
+        for row in series:
+            found = conn.execute("SELECT accession FROM series WHERE series_uid = ?", (row["series_uid"],)).fetchone()
+            if found and str(found[0]) != acc:
+                raise StudyError(f"not stored: series {row['series_uid']} of {acc} is stored under accession "
+                                 f"{found[0]} already; see 'One series under two accessions' in README.md")
+        before, uids = read_rows(conn, acc), {row["series_uid"] for row in series}
+        missing = before["series"].keys() - uids
+        all_rows = replace or not missing or not before["studies"]    # without its study's row it is not stored
+        gone = missing if all_rows else set()
+        wanted = [("studies", study)] if all_rows else []
+        wanted += [("series", row) for row in series if all_rows or row["series_uid"] not in before["series"]]
+        changes = [(table, row) for table, row in wanted if differences(table, row, before)]
+        for uid in gone:
+            conn.execute("DELETE FROM series WHERE series_uid IS ? AND accession IS ?", before["series"][uid][:2])
+        upsert(conn, changes, before)
+        after = read_rows(conn, acc)
+        wrong = [text for table, row in wanted for text in differences(table, row, after)]
+        if wrong or after["series"].keys() != before["series"].keys() - gone | uids:
+            raise StudyError(f"not stored: database {conn.path} kept something else than was written "
+                             f"({wrong[0] if wrong else 'other series'}); change your column or trigger that does")
+        return Outcome(len(missing - gone), bool(changes or gone))
 
 
 def store_studies(conn: Database, studies: Sequence[tuple[str, dict, list[dict]]],
                   replace: bool = True) -> list[Outcome | StudyError]:
     """Store accessions in one transaction, each as `store_study` does; one that fails is undone alone."""
-    def attempt(study: tuple[str, dict, list[dict]], alone: bool) -> Outcome | StudyError:
-        """One of them. Raises its StudyError where the transaction of all was undone (ROLLBACK)."""
-        try:
-            return store_study(study[0], conn, *study[1:], replace)
-        except StudyError as error:
-            if not alone and not conn.in_transaction:
-                raise
-            return error
-
+    outcomes: list[Outcome | StudyError] = []
     try:
         with database_errors(conn.path), transaction(conn):
-            return [attempt(study, False) for study in studies]
-    except StudyError:
-        return [attempt(study, True) for study in studies]
+            for accession, study, series in studies:
+                try:
+                    outcomes.append(store_study(accession, conn, study, series, replace))
+                except StudyError as error:
+                    if not conn.in_transaction:    # a ROLLBACK of the user's own undid them all
+                        raise
+                    outcomes.append(error)
+        return outcomes
+    except StudyError as error:
+        # Alone it is its own error; of several, each is tried in a transaction of its own.
+        return [error] if len(studies) == 1 else [store_studies(conn, [one], replace)[0] for one in studies]
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # CSV: the accessions of a run, one row a series
 # ------------------------------------------------------------------------------------------------------------------
 
-CSV_STUDY = [field.column for field in STUDY_FIELDS]
-CSV_SERIES = [field.column for field in SERIES_FIELDS if field.column != "accession"]
-
-
 def csv_rows(conn: Database | None, accessions: Iterable[str]) -> Iterator[tuple]:
     """The header, then one row a series in the order of the accessions; a study without series has one row."""
-    yield (*CSV_STUDY, *CSV_SERIES)
-    if conn is None:
-        return
-    columns = ", ".join([f"studies.{column}" for column in CSV_STUDY] + [f"series.{column}" for column in CSV_SERIES])
+    columns = [f"{table}.{field.column}" for table, fields in TABLES.items() for field in fields]
+    columns.remove("series.accession")
+    yield tuple(column.partition(".")[2] for column in columns)
     studies, series = (f"(SELECT * FROM {table} WHERE {THE_ACCESSION}) AS {table}" for table in TABLES)
     order = "series_number IS NULL, series_number, series_uid"
-    statement = f"SELECT {columns} FROM {studies} LEFT JOIN {series} ON 1 ORDER BY {order}"
-    with database_errors(conn.path):
-        for accession in accessions:
-            yield from execute_when_free(conn, statement, (accession,) * 4)
+    statement = f"SELECT {', '.join(columns)} FROM {studies} LEFT JOIN {series} ON 1 ORDER BY {order}"
+    if conn:
+        with database_errors(conn.path):
+            for accession in accessions:
+                yield from execute_when_free(conn, statement, (accession,) * 4)
 
 
 def write_csv(path: str, conn: Database | None, accessions: Iterable[str]) -> None:
     """Written beside the file and moved into its place when complete; readable by its owner alone."""
     import csv
     import tempfile
-    temporary = None
     try:
         target = os.path.realpath(path)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", dir=os.path.dirname(target), prefix=".",
-                                         suffix=".csv", delete=False) as file:
-            temporary = file.name
-            # Before Python 3.13 a lone CR is quoted only where the line terminator has one.
-            lines = types.SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
-            csv.writer(lines, lineterminator="\r\n").writerows(csv_rows(conn, accessions))
-        os.replace(temporary, target)
-        temporary = None
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(target), prefix=".") as folder:
+            complete = os.path.join(folder, "complete.csv")
+            with open(os.open(complete, os.O_CREAT | os.O_WRONLY, 0o600), "w", encoding="utf-8", newline="") as file:
+                # Before Python 3.13 a lone CR is quoted only where the line terminator has one.
+                lines = types.SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
+                csv.writer(lines, lineterminator="\r\n").writerows(csv_rows(conn, accessions))
+            os.replace(complete, target)
     except OSError as error:
         raise RunError(f"CSV file {path} cannot be written: {reason_of(error)}") from None
-    finally:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2194,10 +1946,7 @@ def write_csv(path: str, conn: Database | None, accessions: Iterable[str]) -> No
 # ------------------------------------------------------------------------------------------------------------------
 
 class LineHandler(logging.Handler):
-    """Log lines on stderr, each made printable; around a progress bar while there is one.
-
-    On a terminal without date, and with a level only where something is wrong.
-    """
+    """Log lines on stderr, on a terminal without date and level, around a progress bar while there is one."""
 
     bar: Any = None
     screen: os.terminal_size | None = None      # of stderr, where that is a terminal
@@ -2206,12 +1955,9 @@ class LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; a stderr that is gone or full is no trouble."""
-        text = self.format(record)
-        if self.screen:
-            level = {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(record.levelno, "")
-            text = level + record.getMessage()
-            if record.levelno == logging.ERROR:
-                LineHandler.failures.append((LineHandler.rows, text))
+        text = record.getMessage() if self.screen else self.format(record)
+        if self.screen and record.levelno == logging.ERROR:
+            LineHandler.failures.append((LineHandler.rows, text))
         with contextlib.suppress(OSError, ValueError):    # nobody reads it any more: no reason to stop storing
             write_line(sys.stderr, text)
 
@@ -2243,7 +1989,7 @@ def sum_up(level: int, text: str) -> None:
     """The last line of all; on a terminal the last two, after the failures that scrolled away, once more."""
     lines, screen, failures = [text], LineHandler.screen, LineHandler.failures
     if screen:
-        level, lines = min(level, FAILED), re.split(r"; (?=studies: |series: )", text)
+        lines = re.split(r"; (?=studies: |series: )", text)
         if failures and LineHandler.rows - failures[0][0] + 4 > (screen.lines or 24):
             more = [f"… and {len(failures) - REPEATED} more"] if len(failures) > REPEATED else []
             lines = ["what failed:", *(line for _, line in failures[:REPEATED]), *more, *lines]
@@ -2300,19 +2046,19 @@ def open_missing_streams() -> None:
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
     """SIGINT and SIGTERM raise Interrupted, once; a second one ends the process at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
     def raise_interrupted(signum: int, _frame) -> None:
         """Once: the next signal meets the system's own handler."""
-        for number in before:
+        for number in numbers:
             signal.signal(number, signal.SIG_DFL)
         raise Interrupted(signum)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = [signal.signal(number, raise_interrupted) for number in numbers]
     try:
-        for number in before:
-            signal.signal(number, raise_interrupted)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
@@ -2320,9 +2066,8 @@ def in_order(work: Callable, items: Iterable, jobs: int,
              size: Callable[[Any], int] = lambda item: 1) -> Generator[list[tuple[Any, Any]], None, None]:
     """(item, result) in the order of the items, as many at once as are ready; `jobs` at a time. An error is raised.
 
-    An item is taken when a thread will soon be free for it. Those done and not yet given out are at most AHEAD by
-    their size, so that memory is bounded and one slow item holds up no others. After an error no further item is
-    begun, and nobody waits for those under way.
+    Those done and not yet given out are at most AHEAD by their size: memory is bounded, and one slow item holds up no
+    others. After an error no further item is begun, and nobody waits for those under way.
     """
     from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
     ended = threading.Event()
@@ -2371,31 +2116,29 @@ def aside(work: Callable, *arguments: Any) -> Any:
 # The run: from tokens to accessions, fetch, store, report
 # ------------------------------------------------------------------------------------------------------------------
 
-class Tally:
-    """What the summary counts."""
+STORED, ALREADY_STORED, FAILURES = "stored", "already stored", "failed"    # these five count studies
+NOT_REACHED, WITHOUT_MR = "not reached", "without MR series"
+SERIES_STORED, DOUBTFUL_DATES, UNPRINTED = "series stored", "dates that may be incomplete", "accessions not printed"
 
-    def __init__(self):
-        self.stored = self.already_stored = self.failed = self.not_reached = self.without_mr = 0    # studies
-        self.series = 0
-        self.skipped: Counter = Counter()       # series, of REASONS
-        self.origins: Counter = Counter()       # series stored, of ORIGINS
-        self.doubtful_dates = 0
-        self.meant = ""                         # the dates of tokens like 7days
-        self.unprinted = False                  # whether stdout could not be written
+
+class Tally(Counter):
+    """What the summary counts, by the constants above and, of series, by REASONS and ORIGINS."""
+
+    meant = ""    # the dates of tokens like 7days
 
     @property
     def exit_status(self) -> int:
         """1 where something named is not in the database or not printed, or a date may be incomplete, else 0."""
-        return 1 if self.failed or self.doubtful_dates or self.unprinted else 0
+        return 1 if self[FAILURES] or self[DOUBTFUL_DATES] or self[UNPRINTED] else 0
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{reason}: {self.skipped[reason]}" for reason in REASONS if self.skipped[reason])
-        text = f"studies: {self.stored} stored, {self.already_stored} already stored, {self.failed} failed"
-        text += f", {self.not_reached} not reached" if self.not_reached else ""
-        text += f", {self.without_mr} without MR series" if self.without_mr else ""
-        text += f"; series: {self.series} stored, {self.skipped.total()} skipped" + (f" ({reasons})" if reasons else "")
-        text += "".join(f", {self.origins[one]} stored {one}" for one in ORIGINS if self.origins[one])
-        text += f"; dates that may be incomplete: {self.doubtful_dates}" if self.doubtful_dates else ""
+        studies = [f"{self[one]} {one}" for one in (STORED, ALREADY_STORED, FAILURES)]
+        studies += [f"{self[one]} {one}" for one in (NOT_REACHED, WITHOUT_MR) if self[one]]
+        reasons = ", ".join(f"{reason}: {self[reason]}" for reason in REASONS if self[reason])
+        text = f"studies: {', '.join(studies)}; series: {self[SERIES_STORED]} stored, "
+        text += f"{sum(self[one] for one in REASONS)} skipped" + (f" ({reasons})" if reasons else "")
+        text += "".join(f", {self[one]} stored {one}" for one in ORIGINS if self[one])
+        text += f"; {DOUBTFUL_DATES}: {self[DOUBTFUL_DATES]}" if self[DOUBTFUL_DATES] else ""
         return text + self.meant
 
 
@@ -2405,35 +2148,37 @@ class Run(NamedTuple):
     orthanc: Orthanc
     options: Options
     jobs: int
+    prints: bool                            # whether accessions go to stdout
     acquisitions: dict[str, Acquisition]    # by accession
     tally: Tally
 
     def acquisition(self, accession: str, conn: Database | None) -> Acquisition:
         """The one record of an accession, made when it is first met."""
         if accession not in self.acquisitions:
-            stored = None if self.options.force else stored_date(conn, accession)
+            stored = stored_date(conn, accession) if conn and not self.options.force else None
             self.acquisitions[accession] = Acquisition(accession, stored)
         return self.acquisitions[accession]
 
     def failure(self, accession: str, text: object) -> None:
         """Count a failure and say it."""
-        self.tally.failed += 1
+        self.tally[FAILURES] += 1
         log.error("%s: %s", accession, text)
 
 
-def plan(run: Run, tokens: list[Accession | Dates], conn: Database | None) -> list[Acquisition]:
+def plan(run: Run, tokens: list[str | Dates], conn: Database | None) -> list[Acquisition]:
     """Ask what the tokens mean; the accessions to fetch, by study date, then accession."""
     for token in tokens:
-        if isinstance(token, Accession):
-            run.acquisition(token.text, conn).named = True
+        if isinstance(token, str):
+            run.acquisition(token, conn).named = True
     dates = [token for token in tokens if isinstance(token, Dates)]
     with progress_bar(sum(1 for token in dates for _ in months_of(token)), "month") as advance:
         for token in dates:
             process_date_arg(token, conn, run, advance)
-    todo = [acquisition for acquisition in run.acquisitions.values() if acquisition.needed]
-    run.tally.already_stored += len(run.acquisitions) - len(todo)
-    look_up(run, [acquisition for acquisition in todo if not (acquisition.dated and acquisition.by_name)])
-    return sorted((one for one in todo if not one.failed), key=lambda acquisition: acquisition.order)
+    todo = [one for one in run.acquisitions.values()    # also what is stored with a date that no token found it on
+            if one.stored is None or one.dated and one.stored not in one.dates]
+    run.tally[ALREADY_STORED] += len(run.acquisitions) - len(todo)
+    failed = look_up(run, [acquisition for acquisition in todo if not (acquisition.dated and acquisition.by_name)])
+    return sorted(set(todo) - failed, key=lambda acquisition: acquisition.order)
 
 
 def process_date_arg(token: Dates, conn: Database | None, run: Run, advance: Callable[[], Any]) -> None:
@@ -2447,7 +2192,7 @@ def process_date_arg(token: Dates, conn: Database | None, run: Run, advance: Cal
             say_empty(empty)
             empty.clear()
         if studies:
-            log.info("%s: studies found: %d", days_from(first, last), len(studies))
+            log.info("%s: studies found: %d", digits_of(first, last), len(studies))
         for study in studies or ():
             acquisition = run.acquisition(study.accession, conn)
             acquisition.dated = True
@@ -2455,12 +2200,7 @@ def process_date_arg(token: Dates, conn: Database | None, run: Run, advance: Cal
         advance()
     say_empty(empty, run.options.prefix if empty[:1] == [token.first] else None)
     if token.token.endswith("days"):
-        run.tally.meant += f"; {token.token}: {days_from(token.first, token.last)}"
-
-
-def days_from(first: datetime.date, last: datetime.date) -> str:
-    """YYYYMMDD or YYYYMMDD-YYYYMMDD."""
-    return digits_of(first) if first == last else f"{digits_of(first)}-{digits_of(last)}"
+        run.tally.meant += f"; {token.token}: {digits_of(token.first, token.last)}"
 
 
 def say_empty(days: list[datetime.date], prefix: str | None = None) -> None:
@@ -2471,7 +2211,7 @@ def say_empty(days: list[datetime.date], prefix: str | None = None) -> None:
     hint = "" if prefix is None else f" (only {counted} count; for others try --prefix, another date or --url)"
     length = 7 if days[0].day == 1 and days[-1] == month_end(days[-1]) else 10
     text = f"{days[0].isoformat()[:length]} to {days[-1].isoformat()[:length]}: no studies" if len(days) > 2 else \
-        f"{days_from(*days)}: studies found: 0"
+        f"{digits_of(*days)}: studies found: 0"
     log.log(SUMMARY if hint else logging.INFO, "%s%s", text, hint)
 
 
@@ -2480,28 +2220,27 @@ def list_dates(run: Run, first: datetime.date, last: datetime.date) -> list[Stud
     try:
         studies, doubtful = aside(studies_between, run.orthanc, first, last, run.options.prefix)
     except StudyError as error:
-        run.tally.doubtful_dates += 1
-        log.error("%s: cannot be listed: %s", days_from(first, last), error)
+        run.tally[DOUBTFUL_DATES] += 1
+        log.error("%s: cannot be listed: %s", digits_of(first, last), error)
         return None
     for day in doubtful:
-        run.tally.doubtful_dates += 1
+        run.tally[DOUBTFUL_DATES] += 1
         log.error("%s: may be incomplete, %s cuts its answers; name the missing accessions themselves, or ask "
                   "its administrator to lift the limit LimitFindResults", digits_of(day), run.orthanc.http.url)
     return studies if studies or not doubtful else None
 
 
-def look_up(run: Run, acquisitions: list[Acquisition]) -> None:
-    """Ask for all studies of accessions: of those that were named, and those whose series no find tells by name."""
-    if not acquisitions:
-        return
-    aside(lambda: run.orthanc.extended)    # the first contact, before several threads make it
+def look_up(run: Run, acquisitions: list[Acquisition]) -> set[Acquisition]:
+    """Ask for all studies of accessions that were named, or whose series no find tells by name; those that failed."""
+    failed: set[Acquisition] = set()
+    if acquisitions:
+        aside(lambda: run.orthanc.extended)    # the first contact, before several threads make it
     size = 1 if run.orthanc.learnt.capped else LOOKED_UP_TOGETHER
     chunks = [acquisitions[start:start + size] for start in range(0, len(acquisitions), size)]
 
     def ask_for(chunk: list[Acquisition]) -> dict[str, Any]:
         """In a thread: what the server has of each; what is not found by its name is asked for with wildcards."""
-        answers = ask_together(run.orthanc.studies_of, [acquisition.accession for acquisition in chunk
-                                                        if acquisition.plain])
+        answers = ask_together(run.orthanc.studies_of, [one.accession for one in chunk if one.plain])
         found = {accession: (studies, []) if isinstance(studies, list) else studies
                  for accession, studies in answers.items() if studies}
         for accession in [one.accession for one in chunk if one.accession not in found]:
@@ -2512,32 +2251,26 @@ def look_up(run: Run, acquisitions: list[Acquisition]) -> None:
           contextlib.closing(in_order(ask_for, chunks, run.jobs)) as ready):
         for chunk, answers in itertools.chain.from_iterable(ready):
             for acquisition in chunk:
-                take_found(run, acquisition, answers[acquisition.accession])
+                if error := take_found(acquisition, answers[acquisition.accession], run.orthanc.http.url):
+                    run.failure(acquisition.accession, error)
+                    failed.add(acquisition)
                 advance()
+    return failed
 
 
-def take_found(run: Run, acquisition: Acquisition, found: Found | StudyError) -> None:
-    """All studies of an accession. It is a failure where there are none or they cannot be had."""
-    accession = acquisition.accession
+def take_found(acquisition: Acquisition, found: Any, url: str) -> StudyError | None:
+    """Take (studies, near ones) of an accession; the error where they cannot be had, or where there is no study."""
     if isinstance(found, StudyError):
-        run.failure(accession, found)
-        acquisition.failed = True
-        return
+        return found
     studies, near = found
-    acquisition.studies.clear()
-    acquisition.all_known = True
+    acquisition.studies, acquisition.all_known = {}, True
     acquisition.take(studies)
-    if not studies and not acquisition.dated:
-        like = f" (the server has {', '.join(sorted(set(near))[:3])})" if near else ""
-        run.failure(accession, f"there is no such accession on {run.orthanc.http.url}{like}")
-        acquisition.failed = True
+    like = f" (the server has {', '.join(sorted(set(near))[:3])})" if near else ""
+    return None if studies or acquisition.dated else StudyError(f"there is no such accession on {url}{like}")
 
 
 def fetch_groups(run: Run, todo: list[Acquisition]) -> Iterator[list[Acquisition]]:
-    """The accessions of a run in the groups that are fetched by a thread each; no thread is left without work.
-
-    Those whose series can be asked for by name share a find, as far as they and the server are quick.
-    """
+    """Groups of accessions, one a thread: what can be asked for by name shares a find, if all threads have work."""
     share = min(TOGETHER, math.ceil(len(todo) / run.jobs))
     learnt = run.orthanc.learnt
     group: list[Acquisition] = []
@@ -2552,58 +2285,55 @@ def fetch_groups(run: Run, todo: list[Acquisition]) -> Iterator[list[Acquisition
         yield group
 
 
-def fetch_and_store(run: Run, todo: list[Acquisition], conn: Database, out: Callable[[str], None]) -> None:
+def fetch_and_store(run: Run, todo: list[Acquisition], conn: Database) -> None:
     """Fetch side by side, store and print in order."""
     fetch = functools.partial(fetch_together, run.orthanc, options=run.options)
-    run.tally.not_reached = len(todo)
-    if run.tally.already_stored and (run.options.fallback or log.level == logging.DEBUG):
+    run.tally[NOT_REACHED] = len(todo)
+    if run.tally[ALREADY_STORED] and (run.options.fallback or log.level == logging.DEBUG):
         log.log(SUMMARY, "%d accessions are stored already and are not read again; --force does that",
-                run.tally.already_stored)
+                run.tally[ALREADY_STORED])
     with (progress_bar(len(todo)) as advance,
           contextlib.closing(in_order(fetch, fetch_groups(run, todo), run.jobs, len)) as batches):
         for batch in batches:
             ready = [pair for group, results in batch for pair in zip(group, results, strict=True)]
-            store_ready(run, ready, conn, out)
+            store_ready(run, ready, conn)
             advance(len(ready))
 
 
-def store_ready(run: Run, ready: list[tuple[Acquisition, Fetched | StudyError]], conn: Database,
-                out: Callable[[str], None]) -> None:
+def store_ready(run: Run, ready: list[tuple[Acquisition, Fetched | StudyError]], conn: Database) -> None:
     """Store what is ready in one transaction, then say what became of each and print it."""
     fetched = [(acquisition.accession, one.study, one.series)
                for acquisition, one in ready if not isinstance(one, StudyError)]
     outcomes = iter(store_studies(conn, fetched, run.options.force) if fetched else ())
     for acquisition, one in ready:
         stored = finish(run, acquisition, one, one if isinstance(one, StudyError) else next(outcomes))
-        run.tally.not_reached -= 1
+        run.tally[NOT_REACHED] -= 1
         acquisition.studies.clear()
-        if stored and acquisition.dated:
-            out(acquisition.accession)
+        if stored and acquisition.dated and run.prints:
+            run.tally[UNPRINTED] += not print_accession(acquisition.accession)
 
 
 def finish(run: Run, acquisition: Acquisition, fetched: Fetched | StudyError, outcome: Outcome | StudyError) -> bool:
     """Say what became of one accession; whether it was stored now."""
     accession, tally = acquisition.accession, run.tally
     if isinstance(outcome, NoMrSeries) and not acquisition.named:
-        tally.without_mr += 1
+        tally[WITHOUT_MR] += 1
         log.info("%s: %s", accession, outcome)
         return False
     if isinstance(outcome, StudyError) or isinstance(fetched, StudyError):
         run.failure(accession, outcome)
         return False
     if acquisition.stored is not None and not outcome.changed:    # it was fetched to be sure
-        tally.already_stored += 1
+        tally[ALREADY_STORED] += 1
         return False
     for level, note in fetched.notes:
         log.log(level, "%s: %s", accession, note)
     if outcome.stayed:
         log.warning("%s: %d stored series were not on the server this time and stay as they are; --force takes them "
                     "out", accession, outcome.stayed)
-    tally.stored += 1
-    tally.series += len(fetched.series)
-    tally.skipped += fetched.skipped
-    tally.origins += fetched.origins
-    log.info("%s: %d series stored, %d skipped", accession, len(fetched.series), fetched.skipped.total())
+    tally.update(fetched.counts, **{STORED: 1, SERIES_STORED: len(fetched.series)})
+    skipped = sum(fetched.counts[reason] for reason in REASONS)
+    log.info("%s: %d series stored, %d skipped", accession, len(fetched.series), skipped)
     return True
 
 
@@ -2611,30 +2341,23 @@ def finish(run: Run, acquisition: Acquisition, fetched: Fetched | StudyError, ou
 # The command line: options, and everything of the user's that is checked before anything is contacted
 # ------------------------------------------------------------------------------------------------------------------
 
-HELP_END = "tokens:" + (__doc__ or "").partition("\ntokens:")[2]    # of --help, after the options
-
-
 class Parser(argparse.ArgumentParser):
     """Usage errors in one line."""
 
     def error(self, message: str):
-        """End with exit status 2 and this message, without what may be a password."""
-        self.exit(2, f"{self.prog}: error: {printable(without_passwords(message))} (see {self.prog} --help)\n")
+        """End with exit status 2 and this message, without URLs that hold a user or password, up to the last '@'."""
+        message = re.sub(r"\S*://.*@\S*|[^\s/:'=]+:\S*@", "…", message, flags=re.DOTALL)
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
-def integer_argument(text: str) -> int:
-    """An integer from 1 to 999, for argparse."""
-    if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or not int(text):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number from 1 to 999")
-    return int(text)
-
-
-def seconds_argument(text: str) -> float:
-    """Seconds, above 0 and up to a day, for argparse."""
-    value = number(text)
-    if value is None or not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of seconds above 0 and up to a day")
-    return value
+def bounded(parse: Callable[[str], Any], most: int, what: str) -> Callable[[str], Any]:
+    """For argparse: what reads a number above 0 and up to `most`."""
+    def read(text: str) -> Any:
+        value = parse(text)
+        if value is None or not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number {what}")
+        return value
+    return read
 
 
 def prefix_argument(text: str) -> str:
@@ -2645,14 +2368,6 @@ def prefix_argument(text: str) -> str:
     return text
 
 
-def expanded(path: str | None) -> str | None:
-    """A path with ~ replaced by the home folder. Raises UsageError where that is not known."""
-    whole = os.path.expanduser(path) if path and path[0] == "~" else None
-    if whole and (not os.path.isabs(whole) or os.getenv("HOME") == ""):
-        raise UsageError(f"{quoted(path or '')}: the home folder that ~ stands for is not known; write the whole path")
-    return whole or path
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All options; each default that the environment can change is read here."""
     url, db = os.environ.get("ORTHANC_URL") or DEFAULT_URL, os.environ.get("STUDY_INFO_DB") or DEFAULT_DB
@@ -2661,7 +2376,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="store_study_info.py", usage="%(prog)s [options] TOKEN [TOKEN ...]", add_help=False, allow_abbrev=False,
         description="Keep SAR and scan times of the MRI studies of an Orthanc server in a\n"
                     "local SQLite file. Studies that are stored already are skipped.",
-        epilog=re.sub(r"E(1234\d)(  +)?", lambda match: (prefix + match[1]).ljust(len(match[0])), HELP_END),
+        epilog=re.sub(r"E(1234\d)(  +)?", lambda match: (prefix + match[1]).ljust(len(match[0])),
+                      "tokens:" + (__doc__ or "").partition("\ntokens:")[2]),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=79))
 
     what = parser.add_argument_group("what to fetch")
@@ -2682,9 +2398,10 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--csv", metavar="FILE", help="also write the accessions of this run as CSV, one row a series")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--jobs", metavar="N", type=integer_argument, default=DEFAULT_JOBS,
+    how.add_argument("--jobs", metavar="N", type=bounded(integer, 999, "from 1 to 999"), default=DEFAULT_JOBS,
                      help=f"studies fetched at the same time (default {DEFAULT_JOBS})")
-    how.add_argument("--timeout", metavar="S", type=seconds_argument, default=DEFAULT_TIMEOUT,
+    how.add_argument("--timeout", metavar="S", type=bounded(number, 86400, "of seconds above 0 and up to a day"),
+                     default=DEFAULT_TIMEOUT,
                      help=f"seconds to wait for one answer (default {DEFAULT_TIMEOUT:.0f})")
     loud = how.add_mutually_exclusive_group()
     loud.add_argument("-v", "--verbose", action="store_true", help="say why each series is skipped")
@@ -2698,10 +2415,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_url(text: str) -> tuple[str, str]:
-    """(URL, host) of an http or https URL without credentials. Raises UsageError.
-
-    What is refused is never echoed, as a password could be in it, save where only http:// is missing.
-    """
+    """(URL, host) of an http or https URL without credentials. Raises UsageError, which never echoes a password."""
     import ipaddress
     from urllib.parse import urlsplit
     name = "the address of --url or ORTHANC_URL"
@@ -2725,11 +2439,14 @@ def check_url(text: str) -> tuple[str, str]:
 
 
 def absolute(path: str, option: str) -> str:
-    """The path from the root. Raises UsageError where the working directory of a relative one was deleted."""
-    if "://" in path:
-        raise UsageError(f"{option} takes the path of a file, not a URL")    # with a password, maybe
+    """The path from the root, ~ expanded. Raises UsageError where it is no path, or the folder is not known."""
+    if not path or "://" in path:    # with a password, maybe
+        raise UsageError(f"{option} takes the path of a file, not a URL" if path else f"{option} is empty; name a file")
+    whole = os.path.expanduser(path)
+    if path[0] == "~" and (not os.path.isabs(whole) or os.getenv("HOME") == ""):
+        raise UsageError(f"{option} {quoted(path)}: the home folder that ~ stands for is not known; write it out")
     try:
-        return os.path.abspath(path)
+        return os.path.abspath(whole)
     except OSError:
         raise UsageError(f"{option} {quoted(path)}: the working directory was deleted; change to another folder, or "
                          "give the path from the root") from None
@@ -2738,7 +2455,7 @@ def absolute(path: str, option: str) -> str:
 def netrc_files(named: str | None) -> list[str]:
     """The netrc files, the one that counts first; of the usual two those that are there."""
     usual = filter(os.path.exists, ("netrc", os.path.expanduser("~/.netrc")))
-    return [named, *usual] if named else [*usual]
+    return [absolute(named, "--netrc"), *usual] if named else [*usual]
 
 
 def find_credentials(host: str, files: list[str]) -> tuple[Credentials | None, str]:
@@ -2756,7 +2473,8 @@ def find_credentials(host: str, files: list[str]) -> tuple[Credentials | None, s
 
     try:
         entries = {name.lower(): entry for name, entry in Netrc(path).hosts.items()}
-        readable_by_others = os.stat(path).st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+        if {host, "default"} & entries.keys() and os.stat(path).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            log.warning("netrc file %s is readable by others: run chmod 600 on it", path)
     except netrc.NetrcParseError as error:    # its own text can quote a password
         raise UsageError(f"netrc file {path} is malformed near line {error.lineno}") from None
     except (OSError, ValueError) as error:
@@ -2764,8 +2482,6 @@ def find_credentials(host: str, files: list[str]) -> tuple[Credentials | None, s
     name = host if host in entries else "default"
     if name not in entries:
         return None, f"netrc file {path}, which has no entry for host {host} and no default"
-    if readable_by_others:
-        log.warning("netrc file %s is readable by others: run chmod 600 on it", path)
     login, _, password = entries[name]
     which = f"entry of host {host}" if name == host else f"default entry, for host {host}"
     return (login or "", password or ""), f"netrc file {path}, {which}"
@@ -2780,7 +2496,7 @@ def check_csv(path: str | None, database: str, used: Iterable[str | int]) -> str
     target = os.path.realpath(absolute(path, "--csv"))
     if os.path.exists(target) and not os.path.isfile(target):
         raise UsageError(f"--csv {quoted(path)} is not a regular file")
-    beside = [target.removesuffix(side) for side in SIDES]
+    beside = [target.removesuffix(side) for side in ("", "-journal", "-wal", "-shm")]    # files of a database
     there = filter(os.path.exists, used if os.path.exists(target) else ())
     if (os.path.realpath(database) in beside or any(map(is_database, beside))
             or any(os.path.samefile(target, other) for other in there)):
@@ -2804,68 +2520,52 @@ def check_packages() -> None:
 # main: parse, check, run, sum up
 # ------------------------------------------------------------------------------------------------------------------
 
-def check(arguments: argparse.Namespace, tally: Tally) -> tuple[Run, list[Accession | Dates], str, str | None]:
+def check(arguments: argparse.Namespace, tally: Tally) -> tuple[Run, list[str | Dates], str, str | None]:
     """(run, tokens, database, CSV file), all that the user named checked. Raises UsageError, or RunError (packages)."""
     today = datetime.date.today()
     tokens = expand_tokens(arguments.tokens, today, prefix=arguments.prefix)
     url, host = check_url(arguments.url)
-    arguments.db, arguments.csv, arguments.netrc = map(expanded, (arguments.db, arguments.csv, arguments.netrc))
-    if not arguments.db:
-        raise UsageError("--db is empty; name a file")
     path, netrc = absolute(arguments.db, "--db"), netrc_files(arguments.netrc)
     read = [token[1:] for token in arguments.tokens if token.startswith("@")] + [os.environ.get("SSL_CERT_FILE", "")]
     csv = check_csv(arguments.csv, path, [__file__, *netrc, *read, 0, 1, 2])
     http = Http(url, *find_credentials(host, netrc), arguments.timeout)
     check_packages()
     options = Options(arguments.force, arguments.fallback, digits_of(today), arguments.prefix)
-    return Run(Orthanc(http), options, arguments.jobs, {}, tally), tokens, path, csv
+    return Run(Orthanc(http), options, arguments.jobs, not arguments.quiet, {}, tally), tokens, path, csv
 
 
 def acquire(arguments: argparse.Namespace, tally: Tally) -> None:
     """The complete run."""
     run, tokens, path, csv = check(arguments, tally)
     conn = open_database(path) if check_database_file(path) else None
-
-    def out(accession: str) -> None:
-        """Print what was stored."""
-        tally.unprinted |= not arguments.quiet and not print_accession(accession)
-
-    def also_csv() -> None:
-        """What exit 0 and 1 leave as CSV."""
-        if csv:
-            ordered = sorted(run.acquisitions.values(), key=lambda acquisition: acquisition.order)
-            write_csv(csv, conn, [acquisition.accession for acquisition in ordered])
-
-    try:
-        todo = plan(run, tokens, conn)
-        conn = conn or open_database(path)
-        fetch_and_store(run, todo, conn, out)
-        run.orthanc.http.close()    # not after an interrupt: it would wait for the threads' requests
-    except DatabaseError:
-        raise    # the CSV file would have to read it
-    except StudyInfoError:
+    ended: StudyInfoError | None = None
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(lambda: conn.close() if conn else None)    # if it was opened by then
         try:
-            also_csv()
-        except StudyInfoError as error:    # does not hide what ended the run
-            log.error("%s", error)
-        raise
-    else:
-        also_csv()
-    finally:
-        if conn:
-            conn.close()
+            todo = plan(run, tokens, conn)
+            conn = conn or open_database(path)
+            fetch_and_store(run, todo, conn)
+        except StudyInfoError as error:
+            ended = error
+        try:
+            if csv and not isinstance(ended, DatabaseError):    # else the database, which just failed, would be read
+                ordered = sorted(run.acquisitions.values(), key=lambda acquisition: acquisition.order)
+                write_csv(csv, conn, [acquisition.accession for acquisition in ordered])
+        except StudyInfoError as error:
+            if ended:
+                log.error("%s", error)    # does not hide what ended the run
+            ended = ended or error
+    if ended:
+        raise ended
 
 
 def end_process(status: int) -> None:
     """At once, whatever the threads wait for: everything is stored and closed by now."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        pass    # ends quietly
-    except (OSError, ValueError):
-        status = status or 1
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            stream.flush()
+        except (OSError, ValueError) as error:    # a reader that went away is no trouble, nor is a full stderr
+            status = status or int(stream is sys.stdout and not isinstance(error, BrokenPipeError))
     os._exit(status)
 
 
@@ -2883,13 +2583,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     except StudyInfoError as error:
         log.error("%s", error)
-        if any(vars(tally).values()):
-            sum_up(FAILED, str(tally))
-        return error.exit_status
+        if tally.meant or any(tally.values()):
+            sum_up(logging.WARNING, str(tally))
+        return 1
     except Interrupted as interrupt:
         sum_up(logging.ERROR, f"interrupted by {interrupt.name}; {tally}")
         end_process(interrupt.exit_status)
-    sum_up(FAILED if tally.exit_status else SUMMARY, str(tally))
+    sum_up(logging.WARNING if tally.exit_status else SUMMARY, str(tally))
     return tally.exit_status
 
 

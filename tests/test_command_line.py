@@ -68,7 +68,7 @@ def archive(server):
     (["--url", "micvna:8042", "E1"], "http:// is missing: did you mean http://micvna:8042?"),
     (["--url", "http://h:99999", "E1"], "ORTHANC_URL is not a URL"),
     (["--url", "http://h/?a=b", "E1"], "ORTHANC_URL is not the address of an Orthanc server"),
-    (["--netrc", "nowhere", "E1"], "netrc file nowhere cannot be read: No such file"),
+    (["--netrc", "nowhere", "E1"], "/nowhere cannot be read: No such file"),
     (["--csv", "nofolder/x.csv", "E1"], "--csv 'nofolder/x.csv': its folder does not exist"),
     (["--csv", "study_info.db", "E1"], "is a database, or a file that this run itself uses"),
     (["--csv", "-", "E1"], "--csv needs the name of a file"),

@@ -429,6 +429,20 @@ def test_without_force_nothing_stored_is_changed_or_taken_out(fresh, home):
     assert [(row["series_number"], row["duration"]) for row in home.series()] == [(1, 0), (3, 60)]
 
 
+@pytest.mark.parametrize("place, options", [(3, []), (3, ["--fallback"]), (4, []), (5, [])])
+def test_a_time_that_only_a_later_instance_has_is_found_within_six_requests(fresh, home, place, options):
+    """All have SAR and the creator, so that each time that is null may be one that Orthanc does not decode."""
+    server = fresh()
+    if not server.own_index:
+        pytest.skip("no order of reception")
+    server.upload(*(instance("ELATE", number=number, ta="TA 01:00" if number == place else None)
+                    for number in range(1, 9)))
+    server.settle()
+    assert home.run(*options, "ELATE", url=server.url).status == 0
+    # Two requests for each instance on the way where no find tells of all of them
+    assert [row["duration"] for row in home.series()] == ([60] if server.extended or place < 5 else [])
+
+
 def test_the_second_look_is_among_the_series_own_instances_where_two_patients_share_its_uid(fresh, home):
     server = fresh()
     shared = {"SeriesInstanceUID": uid("shared series"), "StudyInstanceUID": uid("shared")}

@@ -6,7 +6,8 @@ import re
 import pytest
 from conftest import on_one_day
 from dicom_files import instance, study
-from endpoint import Proxy
+from endpoint import Answer, Proxy
+from stand_in import StandIn
 from test_command_line import STAMP, on_terminal
 
 NAMES = ("E1", "e1", "MR-1", "mr-2", "MR 3", "71", "7/2", "17", "XMR-1")
@@ -99,6 +100,13 @@ def test_seven_days_store_what_came_late_and_nothing_twice(fresh, home):
     assert on_one_day(run).printed == ["ELATE"]
 
 
+def test_a_run_that_is_ended_still_names_the_dates_that_it_meant(home):
+    with StandIn() as server:
+        server.misbehave = lambda count, request: (lambda _: Answer(401, b"")) if b"20240101" in request.body else None
+        ran = home.run("7days", "20240101", url=server.url)
+    assert ran.status == 1 and re.search(r"; 7days: \d{8}-\d{8}$", ran.summary)
+
+
 # -- months without studies --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("token, lines", [
@@ -160,13 +168,13 @@ def lines_of(shown: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def test_a_terminal_shows_no_dates_and_levels_only_where_something_is_wrong(other_site, home):
+def test_a_terminal_shows_lines_without_date_and_level(other_site, home):
     (home.folder / "netrc").write_text("default login jo password x\n")
     (home.folder / "netrc").chmod(0o644)
     status, shown, _ = on_terminal(home, "--url", other_site.url, "20110715", "ENONE")
     assert status == 1 and not re.search(STAMP, shown) and "INFO" not in shown and "ERROR" not in shown
     warning, error, *summary = lines_of(shown)
-    assert warning.startswith("warning: netrc file") and error.startswith("error: ENONE: there is no such accession on")
+    assert warning.startswith("netrc file") and error.startswith("ENONE: there is no such accession on")
     assert summary == ["studies: 1 stored, 0 already stored, 1 failed", "series: 1 stored, 0 skipped"]
 
 
@@ -187,7 +195,7 @@ def test_what_failed_is_said_once_more_where_it_scrolled_away(other_site, home, 
     names = [f"ENONE{one}" for one in range(number)]
     _, shown, _ = on_terminal(home, "--url", other_site.url, *names, "20110715")
     *lines, studies, series = lines_of(shown)
-    said = [re.match(r"error: (ENONE\d+): |(what failed:)|(…) and 10 more", line) for line in lines]
+    said = [re.match(r"(ENONE\d+): |(what failed:)|(…) and 10 more", line) for line in lines]
     told = [next(filter(None, match.groups())) if match else "" for match in said]
     again = {3: [], 19: [], 30: ["what failed:", *names[:20], "…"]}[number]
     assert told == names + again
@@ -200,7 +208,7 @@ def test_what_failed_is_said_once_more_where_accessions_scrolled_it_away(fresh, 
     server.settle()
     shown = on_terminal(home, "--url", server.url, "ENONE", "20240427", stdout_too=True)[1]
     assert [line[:12] for line in lines_of(shown)[-4:]] == [
-        "what failed:", "error: ENONE", "studies: 30 ", "series: 30 s"]
+        "what failed:", "ENONE: there", "studies: 30 ", "series: 30 s"]
 
 
 def test_a_pipe_has_one_last_line_with_date_and_level(other_site, home):

@@ -365,7 +365,7 @@ def test_functional_groups_of_any_shape_give_a_sar_or_none(value):
 
 def stated(found: dict) -> store.Value:
     """The duration of a header that has no acquisition time, by AcquisitionDuration; no server is asked."""
-    series = store.Series("", "", True, found, None)
+    series = store.Series("", "", True, found, ())
     return store.stated_time(None, series, read_values(found)).duration    # type: ignore[arg-type]
 
 

@@ -211,6 +211,19 @@ def test_no_csv_is_written_on_an_interrupt(home, server):
     assert (home.folder / "all.csv").read_text() == "as it was"
 
 
+def test_an_interrupt_closes_the_database(home, server):
+    """As WAL, which a user may have set, shows: a closed database has no file beside it."""
+    assert home.run("E10", url=server.url).status == 0
+    with contextlib.closing(sqlite3.connect(home.db)) as conn:
+        conn.execute("PRAGMA journal_mode = WAL")
+    server.misbehave = lambda count, request: "hang" if HANGS["a later study"](request) else None
+    process = home.start("--timeout", "600", "--jobs", "4", "202404", url=server.url)
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 143
+    assert [path.name for path in home.folder.iterdir() if path.name.startswith(home.db.name)] == [home.db.name]
+
+
 # -- SIGKILL ---------------------------------------------------------------------------------------------------------
 
 
@@ -264,11 +277,12 @@ def test_a_killed_run_leaves_no_study_half_stored_and_the_next_run_completes(
 DYING = f"""
 upsert = program.upsert
 
-def dying(conn, table, row, *more):
-    upsert(conn, table, row, *more)
-    if table == "series" and row["accession"] == "{MONTH[3]}":
-        conn.execute("PRAGMA cache_spill = 1")
-        os.kill(os.getpid(), signal.SIGKILL)
+def dying(conn, rows, stored):
+    for table, row in rows:
+        upsert(conn, [(table, row)], stored)
+        if table == "series" and row["accession"] == "{MONTH[3]}":
+            conn.execute("PRAGMA cache_spill = 1")
+            os.kill(os.getpid(), signal.SIGKILL)
 
 program.upsert = dying
 """

@@ -535,6 +535,12 @@ def test_csv_onto_a_database_or_beside_it_is_a_usage_error(archive, home, here, 
     assert (home.folder / name).read_bytes() == before and side in ("",) or not (home.folder / (name + side)).exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc")
+def test_csv_onto_a_file_that_cannot_be_read_is_a_usage_error(home):
+    ran = home.run("--csv", "/proc/self/mem", "E1", env={"ORTHANC_URL": NOWHERE})
+    assert ran.status == 2 and "its folder does not exist or cannot be written" in ran.err
+
+
 def test_csv_onto_a_csv_file_or_what_is_nothing_of_these_is_fine(archive, home, here):
     for name in ("out.csv", "netrc.csv", "study_info.db.csv", "tokens.csv"):
         (home.folder / name).write_text("old\n")
@@ -559,7 +565,7 @@ def run_without_folder(home, *arguments, url=NOWHERE) -> subprocess.CompletedPro
     ([], "--db 'study_info.db': the working directory was deleted"),
     (["--db", "x/y.db"], "--db 'x/y.db': the working directory was deleted"),
     (["--db", "{}/x.db", "--csv", "x.csv"], "--csv 'x.csv': the working directory was deleted"),
-    (["--db", "{}/x.db", "--netrc", "own"], "netrc file own cannot be read: No such file"),
+    (["--db", "{}/x.db", "--netrc", "own"], "--netrc 'own': the working directory was deleted"),
     (["--db", "{}/x.db", "@tokens.txt"], "token file @tokens.txt cannot be read: No such file")])
 def test_a_working_directory_that_was_deleted_is_a_sentence_for_every_relative_path(home, arguments, said):
     ended = run_without_folder(home, *(argument.format(home.folder) for argument in arguments), "E1")
@@ -648,6 +654,15 @@ def test_netrc_may_be_a_pipe(tmp_path):
     os.close(write)
     assert store.find_credentials("h", [f"/dev/fd/{read}"])[0] == ("jo", "hunter2")
     os.close(read)
+
+
+@pytest.mark.parametrize("entry, warned", [(b"machine other login jo password x\n", False),
+                                           (b"default login jo password x\n", True)])
+def test_a_netrc_that_others_can_read_is_warned_of_only_where_it_is_used(archive, home, entry, warned):
+    (home.folder / "netrc").write_bytes(entry)
+    (home.folder / "netrc").chmod(0o644)
+    ran = home.run("-q", "E1", url=archive.url)
+    assert ran.status == 0 and ("run chmod 600 on it" in ran.err) == warned and bool(ran.err) == warned
 
 
 # -- passwords -------------------------------------------------------------------------------------------------------

@@ -399,7 +399,7 @@ def test_with_fallback_a_duration_is_from_a_second_to_a_day_unless_the_siemens_t
               "0019,0010": "GEMS_ACQU_01", "0019,105a": ge_text, "0029,0010": "SIEMENS CSA HEADER",
               "0008,0070": maker, "0008,0008": kind, "0020,1209": "1"}
     told = Told({"0019,105a": ge_raw, "0029,1020": text_of(*of_protocol)})
-    series = store.Series("an id", "a study", True, header, None)
+    series = store.Series("an id", "a study", True, header, ())
     values = store._process_series(told, series, store.Options(fallback=True))
     seconds, by_tag = values.duration.value, store.acquisition_time(ta)
     assert seconds is None or 1 <= seconds <= 86400 or seconds == by_tag
