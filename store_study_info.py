@@ -220,7 +220,7 @@ def clean(value: Any) -> str | None:
     """Text without its padding, None where nothing is left or where the value is not text."""
     if not isinstance(value, str):
         return None
-    text = value.replace("\0", " ").strip()    # to even length (PS3.5 6.2); real files pad with several
+    text = value.replace("\0", " ").strip()    # padded to even length (PS3.5 6.2), in real files by more
     # Lone surrogates, which JSON can carry and neither SQLite nor a terminal can, become U+FFFD.
     return (text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")) or None
 
@@ -480,8 +480,9 @@ def likeliest(token: str, today: datetime.date, prefix: str) -> str:
     if re.search(r"[*?\\]", token):
         return "wildcards are not allowed"
     guesses = [text, text.lower(), re.sub(r" *(-+|:|\.\.) *", "-", text)]
-    if re.fullmatch(r"(19|20)\d\d([-./]\d\d?){1,2}", text):
-        guesses.insert(0, "".join(part.zfill(2) for part in re.split("[-./]", text)))
+    if re.fullmatch(r"(19|20)\d\d([-./]\d\d?){0,2}", text):
+        digits = "".join(part.zfill(2) for part in re.split("[-./]", text))
+        guesses.insert(0, digits if digits[4:] else f"{digits}01-{digits}12")
     if name := re.fullmatch(r"([a-z]{3,9})\.? ?(\d{4})?", text.lower(), re.ASCII):
         guesses += [f"{name[2] or today.year - (month > today.month):04}{month:02}" for month in range(1, 13)
                     if calendar.month_name[month].lower().startswith(name[1])]
@@ -692,7 +693,7 @@ class Http:
             answer = json.loads(data)
         except (ValueError, RecursionError):
             what = f"{len(data)} bytes of {'HTML' if data.lstrip()[:1] == b'<' else 'text'} that is not JSON"
-            raise self._answered(path, f"{what}: is it an Orthanc server?") from None
+            raise self._answered(path, what) from None
         if not isinstance(answer, kind):
             raise self._answered(path, f"a JSON {type(answer).__name__} instead of a {kind.__name__}")
         return answer
@@ -837,7 +838,6 @@ class Study(NamedTuple):
     id: str
     uid: str
     accession: str
-    padded: bool        # whether the server keeps the accession with a leading blank: it is not found by its name
     date: str           # YYYYMMDD, or empty
     stable: bool
     series: int         # how many it has
@@ -911,9 +911,8 @@ def read_study(answer: Header) -> Study:
         what = "the number of its series" if count is None else "a StudyInstanceUID"
         raise ServerError(f"the server sent a study without {what}")
     tags = {tag: header[tag] for tag in STUDY_LEVEL if tag in header}
-    accession = get_element(header, ACCESSION) or ""
-    return Study(required(answer, "ID"), uid, accession, not str(header.get(ACCESSION)).startswith(accession),
-                 get_element(header, STUDY_DATE) or "", required(answer, "IsStable", bool), count, tags,
+    accession, date = get_element(header, ACCESSION) or "", get_element(header, STUDY_DATE) or ""
+    return Study(required(answer, "ID"), uid, accession, date, required(answer, "IsStable", bool), count, tags,
                  "RequestedTags" in answer)
 
 
@@ -927,6 +926,11 @@ def read_series(answer: Header) -> Series:
         raise ServerError("the server sent a series without a SeriesInstanceUID")
     return Series(required(answer, "ID"), required(answer, "ParentStudy"), required(answer, "IsStable", bool),
                   header, tuple(listed))
+
+
+def accession_query(accessions: Iterable[str]) -> dict[str, str]:
+    """The query for accessions by name, as a list (PS3.4 C.2.2.2.2), each also with the leading blank of some files."""
+    return {"AccessionNumber": "\\".join(f"{accession}\\ {accession}" for accession in accessions)}
 
 
 class Orthanc:
@@ -1038,11 +1042,11 @@ class Orthanc:
 
     def studies_of(self, accessions: list[str]) -> dict[str, list[Study]]:
         """{accession: its studies}, asked for together. Raises ServerError where the answer may have been cut."""
-        studies = self._find_all({"AccessionNumber": "\\".join(accessions)})
+        studies = self._find_all(accession_query(accessions))
         return {accession: [study for study in studies if study.accession == accession] for accession in accessions}
 
     def studies_like(self, accession: str) -> tuple[list[Study], list[str]]:
-        """The studies of an accession, also a padded one or one that is not plain, and others that match wildcards."""
+        """The studies of an accession that its name does not find, and other accessions that match with wildcards."""
         # The server's index leaves out control characters and those beyond ASCII.
         pattern = "*" + (accession if PLAIN.fullmatch(accession) else "*".join([*PLAIN.findall(accession), ""]))
         studies = self._find_all({"AccessionNumber": pattern})
@@ -1453,6 +1457,7 @@ class Acquisition:
 
     def __init__(self, accession: str, stored: str | None):
         self.accession = accession
+        self.plain = PLAIN.fullmatch(accession) is not None    # whether it can be asked for by its name
         self.stored = stored                    # its stored study date; None: not stored, or to be stored again
         self.named = self.dated = False         # by its own token, by a date token
         self.dates: set[str] = set()            # study dates that the server has it on, as far as it was asked
@@ -1464,10 +1469,6 @@ class Acquisition:
         """Key to sort by study date, an unknown one last, then by accession."""
         return min(self.dates, default=self.stored or "99999999"), self.accession
 
-    @property
-    def plain(self) -> bool:
-        """Whether it can be asked for by its name."""
-        return PLAIN.fullmatch(self.accession) is not None and not any(one.padded for one in self.studies.values())
 
     @property
     def by_name(self) -> bool:
@@ -1507,8 +1508,7 @@ def fetch_together(orthanc: Orthanc, group: list[Acquisition], options: Options)
     def ask(accessions: list[str]) -> dict[str, list[Series]]:
         """The series of these accessions by one find, for each of them."""
         try:
-            series = orthanc.series_of({"AccessionNumber": "\\".join(accessions)}, options.tags)
-            return dict.fromkeys(accessions, series)
+            return dict.fromkeys(accessions, orthanc.series_of(accession_query(accessions), options.tags))
         except StudyError:
             orthanc.ask_for_fewer(sum(one.series_count for one in group if one.accession in accessions))
             raise
@@ -1555,8 +1555,8 @@ def all_series(orthanc: Orthanc, wanted: Acquisition, answer: list[Series] | Non
     others = not wanted.all_known and ({one.study for one in series} != {study.id for study in studies}
                                        or orthanc.may_be_cut("Series", count))    # these show, or may hide, others
     if lacking or others:
-        named = orthanc.studies_of([wanted.accession])[wanted.accession] if wanted.plain else []
-        studies = named or orthanc.studies_like(wanted.accession)[0]    # one with a leading blank has no such name
+        studies = orthanc.studies_of([wanted.accession])[wanted.accession] if wanted.plain else []
+        studies = studies or orthanc.studies_like(wanted.accession)[0]
     if is_incomplete(studies, series):
         series = [one for study in studies for one in orthanc.list_series(study)]
     if is_incomplete(studies, series):
@@ -2290,8 +2290,7 @@ def fetch_and_store(run: Run, todo: list[Acquisition], conn: Database) -> None:
     fetch = functools.partial(fetch_together, run.orthanc, options=run.options)
     run.tally[NOT_REACHED] = len(todo)
     if run.tally[ALREADY_STORED] and (run.options.fallback or log.level == logging.DEBUG):
-        log.log(SUMMARY, "%d accessions are stored already and are not read again; --force does that",
-                run.tally[ALREADY_STORED])
+        log.log(SUMMARY, "accessions stored already, not read again without --force: %d", run.tally[ALREADY_STORED])
     with (progress_bar(len(todo)) as advance,
           contextlib.closing(in_order(fetch, fetch_groups(run, todo), run.jobs, len)) as batches):
         for batch in batches:

@@ -40,9 +40,10 @@ class Request(NamedTuple):
 
     @property
     def accessions(self) -> list[str]:
-        """Those that a find asks for by their names."""
+        """Those that a find asks for by their names, each once, also where it asks for one with a blank before it."""
         query = self.json["Query"] if self.kind.startswith("find ") else {}
-        return query["AccessionNumber"].split("\\") if query.get("AccessionNumber") else []
+        return [*dict.fromkeys(query["AccessionNumber"].replace("\\ ", "\\").split("\\"))] \
+            if query.get("AccessionNumber") else []
 
 
 class Answer(NamedTuple):

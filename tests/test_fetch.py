@@ -429,6 +429,21 @@ def test_without_force_nothing_stored_is_changed_or_taken_out(fresh, home):
     assert [(row["series_number"], row["duration"]) for row in home.series()] == [(1, 0), (3, 60)]
 
 
+@pytest.mark.parametrize("token", ["20240411", "20240412", "E88"])
+def test_an_accession_that_one_study_has_with_a_leading_blank_is_stored_whole(fresh, home, token):
+    server = fresh()
+    server.upload(*study("E88", study="plain", series=2, instances=1, StudyDate="20240411"),
+                  *study(" E88", study="padded", series=1, instances=1, StudyDate="20240412"))
+    server.settle()
+    stored = {uid("plain", 1), uid("plain", 2), uid("padded", 1)}
+    assert home.run(token, url=server.url).status == 0
+    assert {row["series_uid"] for row in home.series()} == stored
+    assert home.studies()[0]["study_date"] == "20240411"
+    again = home.run("20240411-20240412", url=server.url)
+    assert (again.status, again.out) == (0, "") and "0 stored, 1 already stored, 0 failed" in again.summary
+    assert {(row["series_uid"], row["accession"]) for row in home.series()} == {(one, "E88") for one in stored}
+
+
 @pytest.mark.parametrize("place, options", [(3, []), (3, ["--fallback"]), (4, []), (5, [])])
 def test_a_time_that_only_a_later_instance_has_is_found_within_six_requests(fresh, home, place, options):
     """All have SAR and the creator, so that each time that is null may be one that Orthanc does not decode."""

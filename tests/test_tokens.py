@@ -148,7 +148,7 @@ LIKELIEST = [
     ("E1?", "E", "wildcards are not allowed"), ("E1\\E2", "E", "wildcards are not allowed"),
     # days, months and ranges in other spellings
     ("2024-04-27", "E", "write 20240427"), ("2024/4/7", "E", "write 20240407"), ("2024.04.27", "MR-", "write 20240427"),
-    ("2024-04", "E", "write 202404"),
+    ("2024-04", "E", "write 202404"), ("2024", "E", "write 202401-202412"),
     ("April", "E", "write 202404"), ("apr", "E", "write 202404"), ("May", "E", "write 202305"),
     ("december", "E", "write 202312"), ("April 2019", "E", "write 201904"),
     ("20240401 - 20240415", "E", "write 20240401-20240415"), ("20240401:20240415", "E", "write 20240401-20240415"),
