@@ -95,7 +95,7 @@ DEFAULT_JOBS = 4          # more clients at once gain nothing: Orthanc parses DI
 DEFAULT_TIMEOUT = 60.0    # seconds for one complete answer
 
 # Waiting, in seconds
-CONNECT_SECONDS = 10.0       # a host that swallows packets is given up sooner than a slow answer
+CONNECT_SECONDS = 10.0       # a host that swallows packets is given up on sooner than a slow answer
 KEEPALIVE_SECONDS = 0.8      # Orthanc closes idle connections after 1 s (1.11.3 and newer)
 WAITS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)    # before each further try of a request, give or take a quarter
 LONGEST_WAIT = 60.0          # that one request may wait between its tries; a longer Retry-After is not waited for
@@ -104,12 +104,12 @@ SIGNAL_CHECK_SECONDS = 0.2   # the main thread never blocks for longer, so that 
 
 # How often and how much
 TRIES = 6                   # of one request, where repeating can help
-PATIENT_TRIES = 9           # where a server that had answered cannot be reached: half a minute, in which it may restart
+PATIENT_TRIES = 9           # where a server that answered is out of reach: half a minute, in which it may restart
 TIMEOUT_TRIES = 2           # a read that times out is repeated once
 ANSWER_BYTES = 256 << 20    # no answer that this program asks for comes near it
 AHEAD = 128                 # accessions fetched and not yet stored, at most: what bounds the memory
 TOGETHER = 20               # accessions whose series are asked for by one find, at most
-SERIES_TOGETHER = 200       # series that one such find brings, at most, as far as that is known before
+SERIES_TOGETHER = 200       # series that one such find brings, at most, as far as that is known beforehand
 LOOKED_UP_TOGETHER = 50     # accessions whose studies are asked for by one find
 LONG_ANSWER = 5.0           # seconds (or a tenth of the time-out) after which a find is taken for too large
 MORE = 6                    # requests that a series may cost beyond its header, to find what is missing
@@ -119,7 +119,7 @@ PAGE = 1000                 # studies on a further page
 REPEATED = 20               # failures that a terminal shows once more at the end, at most
 
 # Durations, in seconds
-LONGEST_SCAN = 86400        # what comes to more than a day is not a scan's
+LONGEST_SCAN = 86400        # no scan takes more than a day
 LONGEST_STATED = 10800      # and by other tags than Siemens': 3 hours, as the longest seen is 1280 s
 LONGEST_PARTIAL = 60        # from here on the Siemens acquisition time is that of all measurements
 
@@ -220,7 +220,7 @@ def clean(value: Any) -> str | None:
     """Text without its padding, None where nothing is left or where the value is not text."""
     if not isinstance(value, str):
         return None
-    text = value.replace("\0", " ").strip()    # padded to even length (PS3.5 6.2), in real files by more
+    text = value.replace("\0", " ").strip()    # padded to even length (PS3.5 6.2), in real files often further
     # Lone surrogates, which JSON can carry and neither SQLite nor a terminal can, become U+FFFD.
     return (text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")) or None
 
@@ -467,7 +467,7 @@ def beginning(prefix: str) -> str:
 
 
 def likeliest(token: str, today: datetime.date, prefix: str) -> str:
-    """Of a token that is not understood its likeliest meaning, or what is allowed. Raises ValueError as span_of does.
+    """The likeliest meaning of a token that is not understood, or what is allowed. Raises ValueError as span_of does.
 
     >>> likeliest("e123", datetime.date(2024, 5, 2), "E"), likeliest("June", datetime.date(2024, 5, 2), "E")
     ('accession numbers begin with a capital E: E123?', 'write 202306')
@@ -560,10 +560,8 @@ def digits_of(first: datetime.date, last: datetime.date | None = None) -> str:
 # HTTP: connections, tries and time-outs; nothing of studies
 # ------------------------------------------------------------------------------------------------------------------
 
-Credentials = tuple[str, str]    # login, password
-
-# What is met -> what is said of it. Met is 'first' until an answer was a success, then the status, the call and what
-# was asked, or at first how the answer begins (it is never shown); or what TLS did, and why it ended.
+# What went wrong -> the hint. What went wrong begins with 'first' until an answer succeeded, then come the status, the
+# call and what was asked, or at first how the answer begins (it is never shown); or what TLS did, and why it ended.
 HINTS = (    # in the words of nginx, Apache, Tomcat and servers in Go; HAProxy ends the connection
     ("first 400 .*(plain HTTP|HTTP request to an HTTPS|requires TLS)", "that port speaks https: use https:// in --url"),
     ("first (400 .*SSL certificate|TLS .*ALERT_(CERTIFICATE_REQUIRED|BAD_CERTIFICATE|HANDSHAKE_FAILURE))",
@@ -635,7 +633,7 @@ def retry_after(text: str) -> float | None:
 
 
 def certificate_error(url: str, fault: Any, timeout: float) -> RunError:
-    """What is wrong with a certificate. The names that it is for take a connection of their own; nothing is asked."""
+    """What is wrong with a certificate. Its names are read over a second connection; no request is sent."""
     if fault.verify_code not in (62, 64):    # OpenSSL's codes of another host name, another IP address
         return RunError(f"{url} has a certificate that is not trusted ({fault.verify_message}); name the file of "
                         "your certificate authority in the environment variable SSL_CERT_FILE")
@@ -654,12 +652,12 @@ def certificate_error(url: str, fault: Any, timeout: float) -> RunError:
 class Http:
     """The connections to one server; every request goes through `ask`, from any thread."""
 
-    def __init__(self, url: str, credentials: Credentials | None = None, looked_up: str = "no netrc",
+    def __init__(self, url: str, credentials: tuple[str, str] | None = None, looked_up: str = "no netrc",
                  timeout: float = DEFAULT_TIMEOUT):
         self.url, self.timeout = url.rstrip("/"), timeout
         self.looked_up = looked_up          # for messages: the netrc file and host
         self.last_success = -math.inf       # when the last answer with success came
-        self._credentials, self._verify = credentials, certificates(url)
+        self._credentials, self._verify = credentials, certificates(url)    # (login, password), TLS
         self._thread = threading.local()    # of each: end, when the answer that it waits for must be complete
 
     @property
@@ -721,7 +719,7 @@ class Http:
     def _final_error(self, fault: TransientError, tries: int, began: float) -> StudyInfoError:
         """What is raised after the last try: the end of the run where the server cannot be reached (any more)."""
         text = f"{fault}, {tries} tries" if tries > 1 else str(fault)
-        if fault.wait is not None and fault.wait > LONGEST_WAIT:
+        if (fault.wait or 0) > LONGEST_WAIT:
             text = f"{fault} and asks to wait {fault.wait:.0f} s: run again later"
         if not fault.contact and self.last_success < began:
             return RunError(f"{text}; is --url right, and the server running?")
@@ -939,6 +937,7 @@ class Orthanc:
     def __init__(self, http: Http):
         self.http = http
         self.learnt = types.SimpleNamespace(    # from the answers so far
+            probing=threading.Lock(),           # held by the thread that asks for the next two
             complete_below=1,                   # an answer with fewer studies or series than this was not cut
             capped=False,                       # whether more than that are never answered (LimitFindResults)
             orders=True,                        # whether it can sort instances by their reception
@@ -1025,19 +1024,20 @@ class Orthanc:
         """Whether an answer of `count` records of a server without extended find may be cut (LimitFindResults).
 
         Seen by asking for one record more than came, or than `ahead`, how many the next answer will have: fewer than
-        that and than the server counts are as many as it ever returns.
+        that and than the server counted just before are as many as it ever returns.
         """
         if self.extended:
             return False
-        if count >= self.learnt.complete_below and not self.learnt.capped:
-            counted = {"Study": "CountStudies", "Series": "CountSeries"}[level]
-            total = self.http.json(dict, "GET", "/statistics").get(counted)    # first, as what arrives later is no harm
-            if not isinstance(total, int):
-                raise ServerError(f"{self.http.url} answered /statistics without the number of studies or series")
-            limit = max(count, ahead) + 1
-            seen = len(self.http.json(list, "POST", "/tools/find", {"Level": level, "Query": {}, "Limit": limit}))
-            self.learnt.capped = seen < min(total, limit)
-            self.learnt.complete_below = max(self.learnt.complete_below, math.inf if seen >= total else seen)
+        with self.learnt.probing:
+            if count >= self.learnt.complete_below and not self.learnt.capped:
+                counts = self.http.json(dict, "GET", "/statistics")
+                total = counts.get("CountStudies" if level == "Study" else "CountSeries")
+                if not isinstance(total, int):
+                    raise ServerError(f"{self.http.url} answered /statistics without the number of studies or series")
+                limit = max(count, ahead) + 1
+                seen = len(self.http.json(list, "POST", "/tools/find", {"Level": level, "Query": {}, "Limit": limit}))
+                self.learnt.capped = seen < min(total, limit)
+                self.learnt.complete_below = max(self.learnt.complete_below, math.inf if seen >= total else seen)
         return count >= self.learnt.complete_below
 
     def studies_of(self, accessions: list[str]) -> dict[str, list[Study]]:
@@ -1046,7 +1046,7 @@ class Orthanc:
         return {accession: [study for study in studies if study.accession == accession] for accession in accessions}
 
     def studies_like(self, accession: str) -> tuple[list[Study], list[str]]:
-        """The studies of an accession that its name does not find, and other accessions that match with wildcards."""
+        """All studies of an accession that wildcards find, and the other accessions that match."""
         # The server's index leaves out control characters and those beyond ASCII.
         pattern = "*" + (accession if PLAIN.fullmatch(accession) else "*".join([*PLAIN.findall(accession), ""]))
         studies = self._find_all({"AccessionNumber": pattern})
@@ -1063,7 +1063,7 @@ class Orthanc:
 
     def series_of(self, query: dict, tags: Iterable[str]) -> list[Series]:
         """All series that match, as far as the server tells them (see may_be_cut), each with an instance's header."""
-        # Of the first received where the index is Orthanc's own, else of the one that its database names
+        # The header is of the first received with Orthanc's own index, else of whichever the database names
         began = time.monotonic()
         answers = self.find("Series", query, tags, ("RequestedTags", "Parent", "IsStable"))
         took, long = time.monotonic() - began, min(LONG_ANSWER, self.http.timeout / 10)
@@ -1106,7 +1106,7 @@ class Orthanc:
         return answers
 
     def headers_after_first(self, series: Series, tags: Iterable[str]) -> Iterator[tuple[str, Header, bool]]:
-        """(ID, header, whether that is whole, not these tags) of the instances after the first, up to LOOKS in all."""
+        """(ID, header, whether it is the whole header) of the instances after the first, up to LOOKS in all."""
         if self.extended and self.learnt.orders and not series.instances:
             # By the series' ID, as a UID can stand under two patients; page by page, as LimitFindInstances cuts
             wanted, seen = min(LOOKS, integer(series.header.get(INSTANCES_OF_SERIES)) or LOOKS), 0
@@ -1223,7 +1223,7 @@ def private_tag(header: Header, group: str, creator: str, element: str) -> str |
 
 
 def undecoded_time(header: Header) -> str | None:
-    """The tag of a time that is null, maybe as Orthanc decodes no private element of UN or Implicit VR; else None."""
+    """The tag of a time that is null, perhaps only as Orthanc decodes no private UN or Implicit VR element; or None."""
     tag = private_tag(header, *SIEMENS_HEADER)
     return tag if tag and header.get(tag) is None else None
 
@@ -1385,7 +1385,7 @@ def protocol_duration(protocol: bytes, ta: Decimal | None) -> tuple[Decimal | No
     """
     numbers = {name: int(value, 16 if value[:2] == b"0x" else 10) for name, value in _PROTOCOL.findall(protocol)[::-1]}
     seconds, measurements = Decimal(numbers.get(b"lTotalScanTimeSec", 0)), numbers.get(b"lRepetitions", 0) + 1
-    together = numbers.get(b"ucOneSeriesForAllMeas", 1) == 1    # with 0x4 they are a series each
+    together = numbers.get(b"ucOneSeriesForAllMeas", 1) == 1    # with 0x4 each is a series of its own
     if ta is None or ta < 1:
         seconds /= 1 if together else measurements
     elif not together or measurements == 1 or ta >= Decimal("0.8") * seconds:
@@ -1462,13 +1462,12 @@ class Acquisition:
         self.named = self.dated = False         # by its own token, by a date token
         self.dates: set[str] = set()            # study dates that the server has it on, as far as it was asked
         self.studies: dict[str, Study] = {}     # by Orthanc ID, where they are needed
-        self.all_known = False                  # whether these are all that there are
+        self.all_known = False                  # whether they were asked for by accession, not by date
 
     @property
     def order(self) -> tuple[str, str]:
         """Key to sort by study date, an unknown one last, then by accession."""
         return min(self.dates, default=self.stored or "99999999"), self.accession
-
 
     @property
     def by_name(self) -> bool:
@@ -1555,8 +1554,9 @@ def all_series(orthanc: Orthanc, wanted: Acquisition, answer: list[Series] | Non
     others = not wanted.all_known and ({one.study for one in series} != {study.id for study in studies}
                                        or orthanc.may_be_cut("Series", count))    # these show, or may hide, others
     if lacking or others:
-        studies = orthanc.studies_of([wanted.accession])[wanted.accession] if wanted.plain else []
-        studies = studies or orthanc.studies_like(wanted.accession)[0]
+        found = orthanc.studies_of([wanted.accession])[wanted.accession] if wanted.plain else []
+        found = found or orthanc.studies_like(wanted.accession)[0]    # what a date found is not always among them
+        studies = [*(wanted.studies | {study.id: study for study in found}).values()]
     if is_incomplete(studies, series):
         series = [one for study in studies for one in orthanc.list_series(study)]
     if is_incomplete(studies, series):
@@ -1590,7 +1590,7 @@ def with_headers(orthanc: Orthanc, studies: list[Study], series: list[Series]) -
 
 def lacks_file_tags(series: Series) -> bool:
     """Whether the server did not look into the file, as old ones and those with StorageAccessOnFind "Never" do not."""
-    # Keys that no index keeps are absent then, not null; it may keep SAR and duration (ExtraMainDicomTags).
+    # Keys that no index keeps are absent then, not null; a server may keep SAR and duration (ExtraMainDicomTags).
     return not {f"0051,00{block}" for block in BLOCKS[1:]} <= series.header.keys()
 
 
@@ -1859,8 +1859,8 @@ def store_study(acc: str, conn: Database, study: dict[str, Any], series: list[di
                 replace: bool = True) -> Outcome:
     """Store one accession whole or not at all: its row and exactly these series, gone ones out.
 
-    Without `replace`, where stored series are not among these, only new ones come in: no row is of another state of the
-    server. Raises StudyError where a series is stored under another accession, and where a rule or type of the user's
+    Without `replace`, where stored series are not among these, only new ones come in, and no stored row is
+    changed. Raises StudyError where a series is stored under another accession, and where a rule or type of the user's
     own refuses or changes what is written.
     """
     with database_errors(conn.path), transaction(conn):
@@ -1963,7 +1963,7 @@ class LineHandler(logging.Handler):
 
 
 def write_line(stream: Any, text: str) -> None:
-    """Write one printable line at once, so that a pipe sees it when it is true; around the bar where there is one."""
+    """Write one printable line at once, so that a pipe sees it as soon as it is true; around the bar, if any."""
     if LineHandler.bar is not None:
         LineHandler.bar.write(printable(text), file=stream)
     else:
@@ -2030,7 +2030,7 @@ def print_accession(accession: str) -> bool:
 def open_missing_streams() -> None:
     """Give closed standard streams somewhere to go, and let no character that an encoding lacks stop the run."""
     if sys.stdin is None:
-        os.open(os.devnull, os.O_RDONLY)    # takes its number, which another file would get
+        os.open(os.devnull, os.O_RDONLY)    # takes number 0, so that no other file gets it
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -2073,7 +2073,7 @@ def in_order(work: Callable, items: Iterable, jobs: int,
     ended = threading.Event()
 
     def attempt(item: Any) -> Any:
-        """In a thread. What comes in the order after an item that ended the run is not looked at."""
+        """In a thread. Items after one that ended the run are not begun."""
         try:
             return None if ended.is_set() else work(item)
         except BaseException:
@@ -2263,8 +2263,8 @@ def take_found(acquisition: Acquisition, found: Any, url: str) -> StudyError | N
     if isinstance(found, StudyError):
         return found
     studies, near = found
-    acquisition.studies, acquisition.all_known = {}, True
-    acquisition.take(studies)
+    acquisition.all_known = True
+    acquisition.take(studies)    # beside what a date found, which is not always among them
     like = f" (the server has {', '.join(sorted(set(near))[:3])})" if near else ""
     return None if studies or acquisition.dated else StudyError(f"there is no such accession on {url}{like}")
 
@@ -2290,7 +2290,7 @@ def fetch_and_store(run: Run, todo: list[Acquisition], conn: Database) -> None:
     fetch = functools.partial(fetch_together, run.orthanc, options=run.options)
     run.tally[NOT_REACHED] = len(todo)
     if run.tally[ALREADY_STORED] and (run.options.fallback or log.level == logging.DEBUG):
-        log.log(SUMMARY, "accessions stored already, not read again without --force: %d", run.tally[ALREADY_STORED])
+        log.log(SUMMARY, "accessions already stored, not read again (use --force): %d", run.tally[ALREADY_STORED])
     with (progress_bar(len(todo)) as advance,
           contextlib.closing(in_order(fetch, fetch_groups(run, todo), run.jobs, len)) as batches):
         for batch in batches:
@@ -2457,7 +2457,7 @@ def netrc_files(named: str | None) -> list[str]:
     return [absolute(named, "--netrc"), *usual] if named else [*usual]
 
 
-def find_credentials(host: str, files: list[str]) -> tuple[Credentials | None, str]:
+def find_credentials(host: str, files: list[str]) -> tuple[tuple[str, str] | None, str]:
     """The entry of a host in the first netrc file, else its default; and for messages, where they were looked up."""
     if not files:
         home = "" if os.access(os.path.expanduser("~"), os.X_OK) else " (your home folder cannot be read)"

@@ -41,6 +41,15 @@ def test_a_month_that_is_stored_takes_four_requests_at_most(postgresql, home):
     assert len(server.requests) <= 4, server.kinds
 
 
+def test_what_is_asked_about_limits_is_asked_once_by_however_many_threads(postgresql, home):
+    """Each day finds one study, of whose series it is not known whether their answer can be cut."""
+    server = postgresql(*month(12, 1))
+    days = [f"202404{day:02}" for day in range(1, 13)]
+    assert home.run("--jobs", "8", *days, url=server.url).status == 0
+    asked = [request for request in server.requests if request.kind == "statistics"]
+    assert len(asked) <= 2 and len(home.studies()) == 12, server.kinds    # of one study, then of two series
+
+
 def lacking(number: int):
     """All but one image of a series lack SAR and time."""
     def change(ds):
