@@ -2054,11 +2054,11 @@ def signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
         raise Interrupted(signum)
 
-    before = [signal.signal(number, raise_interrupted) for number in numbers]
+    before = {number: signal.signal(number, raise_interrupted) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

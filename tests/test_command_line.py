@@ -424,10 +424,10 @@ def test_version(home):
     assert re.fullmatch(r"store_study_info.py \d+\.\d+\.\d+\n", home.run("--version").out)
 
 
-def other_pythons() -> dict[str, str]:
+def other_pythons(minors: range) -> dict[str, str]:
     """{3.N: path} of the interpreters of this machine besides the tests' own: on PATH, or installed beside that."""
     found: dict[str, str] = {}
-    for minor in range(10, 20):
+    for minor in minors:
         name = f"python3.{minor}"
         beside = sorted(pathlib.Path(sys.base_prefix).parent.glob(f"*3.{minor}*/bin/{name}"))
         for path in filter(None, (shutil.which(name), *map(str, beside))):
@@ -436,7 +436,7 @@ def other_pythons() -> dict[str, str]:
     return found
 
 
-OTHERS = other_pythons()
+OTHERS = other_pythons(range(10, 20))
 
 
 def shows_its_help(python, home) -> None:
@@ -455,3 +455,13 @@ def test_it_starts_on_the_other_pythons_of_this_machine(home, python):
     if python is None:
         pytest.skip("this machine has no other Python from 3.10")
     shows_its_help(OTHERS[python], home)
+
+
+def test_a_python_that_is_too_old_is_told_so(home):
+    for path in other_pythons(range(9, 10)).values():
+        ended = subprocess.run([path, PROGRAM, "--netrc", os.devnull, "E1"], capture_output=True, text=True,
+                               cwd=home.folder, env=home.environment(), check=False)
+        assert ended.returncode == 1 and "Python 3.10 or newer is needed, this is 3.9." in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1 and os.listdir(home.folder) == []
+        return
+    pytest.skip("this machine has no Python 3.9")
