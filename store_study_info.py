@@ -698,12 +698,12 @@ class Http:
 
     def ask(self, method: str, path: str, body: Any = None, cut: bytes | None = None, content_type: str = "") -> bytes:
         """One answer, the request repeated where that can help. Raises ServerError, or RunError for the whole run."""
-        import random
         began, waited, tries = time.monotonic(), 0.0, 0
         while True:
             try:
                 return self._once(method, path, body, cut, content_type)
             except TransientError as fault:
+                import random
                 tries += 1
                 patient = not self.first and not fault.contact
                 # Longer each time, with jitter, so that several runs do not knock in step
@@ -2352,6 +2352,7 @@ class Parser(argparse.ArgumentParser):
 def bounded(parse: Callable[[str], Any], most: int, what: str) -> Callable[[str], Any]:
     """For argparse: what reads a number above 0 and up to `most`."""
     def read(text: str) -> Any:
+        """The number. Raises ArgumentTypeError with the text and what it should be."""
         value = parse(text)
         if value is None or not 0 < value <= most:
             raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number {what}")
